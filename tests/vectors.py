@@ -20,7 +20,7 @@ def suite(name: str) -> list[dict[str, Any]]:
     return cases
 
 
-def cases(name: str, *ops: str, odd: bool = False) -> Any:
+def cases(name: str, *ops: str, odd: bool = False) -> pytest.MarkDecorator:
     """A parametrize decorator over the cases of `ops`; odd ones only when asked for."""
     chosen = [c for c in suite(name) if c["op"] in ops and ("odd" in c) == odd]
     assert chosen, f"no {ops} cases in {name}"

@@ -79,7 +79,11 @@ class Format:
         """
         named = (self.mode, self.bits) in _NAMES
         kind = {"quant_type": self.name if named else self.mode}
-        return kind | {"group_size": str(self.group_size)} | ({} if named else {"bits": str(self.bits)})
+        return (
+            kind
+            | {"group_size": str(self.group_size)}
+            | ({} if named else {"bits": str(self.bits)})
+        )
 
 
 INT4 = Format("affine", 4, 64)

@@ -1,0 +1,348 @@
+"""Open a checkpoint directory: headers now, bytes later. Nothing in it is trusted or executed."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from quantmill import mediatypes, strictjson, tensorfile
+from quantmill.errors import BadSource, BadTensorFile
+from quantmill.source import CONFIG, INDEX, Source, SourceFile, SourceTensor
+
+SUFFIX = ".safetensors"
+MAX_TEXT = 64 * 2**20
+"""Largest side file that is read or kept; real tokenizers stay far below."""
+
+_DECIDING_TEXTS = (CONFIG, "tokenizer_config.json", "chat_template.jinja")
+
+# Side files that a runtime reads and that are not JSON. Everything else is left out by name.
+_RUNTIME_NAMES = frozenset(
+    {"vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model",
+     "source.spm", "target.spm", "tekken.model"}
+)  # fmt: skip
+_RUNTIME_SUFFIXES = (".jinja", ".tiktoken")
+
+
+@dataclass(frozen=True, slots=True)
+class _OpenFile:
+    fd: int
+    size: int
+    mtime_ns: int
+
+
+class Checkpoint:
+    """An open checkpoint. Use as a context manager; `read_into` may be called from any thread."""
+
+    def __init__(self, path: Path, *, follow_links: bool = False) -> None:
+        self.path = path
+        self._follow_links = follow_links
+        self._files: dict[str, _OpenFile] = {}
+        try:
+            self.source = self._inventory()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all files; the source value stays usable."""
+        while self._files:
+            os.close(self._files.popitem()[1].fd)
+
+    def read_into(self, tensor: SourceTensor, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the tensor's bytes from `offset` on; raises BadSource on a short read."""
+        opened, done = self._files[tensor.file], 0
+        while done < len(buffer):
+            count = os.preadv(opened.fd, [buffer[done:]], tensor.start + offset + done)
+            if count == 0:
+                raise _changed(tensor.file)
+            done += count
+
+    def read_file(self, name: str) -> bytes:
+        """The content of a side file; raises BadSource if it is larger than MAX_TEXT."""
+        opened = self._open(name)
+        if opened.size > MAX_TEXT:
+            raise BadSource(f"{name} has {opened.size} bytes; {MAX_TEXT} is the limit")
+        return _pread(opened, 0, opened.size, name)
+
+    def check_unchanged(self) -> None:
+        """Raise BadSource if a file was written to since it was opened."""
+        for name, opened in self._files.items():
+            now = os.fstat(opened.fd)
+            if (now.st_size, now.st_mtime_ns) != (opened.size, opened.mtime_ns):
+                raise _changed(name)
+
+    # -- opening -------------------------------------------------------------------------------
+
+    def _open(self, name: str) -> _OpenFile:
+        if name in self._files:
+            return self._files[name]
+        path = self.path / name
+        _refuse_link_outside(self.path, path, name, self._follow_links)
+        try:
+            # non-blocking, or opening a named pipe would wait for a writer
+            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as error:
+            raise _cannot_open(name, error) from None
+        found = os.fstat(fd)
+        self._files[name] = _OpenFile(fd, found.st_size, found.st_mtime_ns)
+        if not stat.S_ISREG(found.st_mode):
+            raise BadSource(f"{name} is not a regular file", kind="unreadable_shard")
+        return self._files[name]
+
+    def _json(self, name: str, kind: str) -> dict[str, Any]:
+        try:
+            return strictjson.parse_object(self.read_file(name))
+        except strictjson.BadJson as error:
+            raise BadSource(f"{name}: {error}", kind=kind) from None
+
+    # -- inventory (docs/sources.md) -------------------------------------------------------------
+
+    def _inventory(self) -> Source:
+        names = _list(self.path)
+        if CONFIG not in names:
+            raise BadSource(
+                f"{self.path}: no {CONFIG}",
+                kind="missing_config",
+                hint="give the directory that holds config.json and the .safetensors files",
+            )
+        config = self._json(CONFIG, "invalid_config")
+        weight_map = self._weight_map() if INDEX in names else {}
+        shards = sorted(set(weight_map.values())) if weight_map else _unindexed_shards(names)
+        tensors, ignored = self._tensors(shards, weight_map)
+        if not tensors:
+            raise BadSource(
+                f"{self.path}: no model weights in {', '.join(shards)}", kind="no_weights"
+            )
+        texts = {n: self._text(n) for n in _DECIDING_TEXTS if n in names}
+        files = tuple(self._side_files(names, set(shards)))
+        return Source(config, tensors, files, ignored, texts)
+
+    def _text(self, name: str) -> str:
+        try:
+            return self.read_file(name).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise BadSource(f"{name}: invalid UTF-8 at byte {error.start}") from None
+
+    def _weight_map(self) -> dict[str, str]:
+        found = self._json(INDEX, "bad_index").get("weight_map")
+        if found is None:
+            return {}
+        if not isinstance(found, dict):
+            raise BadSource(f"{INDEX}: weight_map is not an object", kind="bad_index")
+        for tensor, shard in found.items():
+            if not isinstance(shard, str):
+                raise BadSource(f"{INDEX}: {tensor!r} has no file name", kind="bad_index")
+            if not shard.endswith(SUFFIX) or Path(shard).name != shard or "\0" in shard:
+                raise BadSource(
+                    f"{INDEX}: invalid shard path {shard!r} for {tensor!r}",
+                    kind="invalid_shard_path",
+                    hint="shards must lie beside the index",
+                )
+        return found
+
+    def _tensors(
+        self, shards: list[str], weight_map: Mapping[str, str]
+    ) -> tuple[dict[str, SourceTensor], tuple[SourceTensor, ...]]:
+        found: dict[str, SourceTensor] = {}
+        ignored: list[SourceTensor] = []
+        for shard in shards:
+            for tensor in self._shard_tensors(shard):
+                _place(tensor, found, ignored, weight_map)
+        for name, shard in weight_map.items():
+            if name not in found:
+                raise BadSource(
+                    f"{INDEX} names tensor {name!r} in {shard}, which does not hold it",
+                    kind="missing_tensor",
+                    hint="the download is incomplete or files of two versions are mixed",
+                )
+        return {name: found[name] for name in sorted(found)}, tuple(ignored)
+
+    def _shard_tensors(self, shard: str) -> Iterator[SourceTensor]:
+        opened = self._open(shard)
+        prefix = _pread(opened, 0, min(opened.size, tensorfile.LENGTH_BYTES), shard)
+        try:
+            length = tensorfile.header_length(prefix, opened.size, shard)
+            header = _pread(opened, tensorfile.LENGTH_BYTES, length, shard)
+            parsed = tensorfile.parse_header(header, opened.size, shard)
+        except BadTensorFile as error:
+            raise BadTensorFile(error.message, kind="unreadable_shard", hint=error.hint) from None
+        for entry in parsed.entries.values():
+            yield SourceTensor(entry.name, entry.dtype, entry.shape, shard, entry.start)
+
+    def _side_files(self, names: Mapping[str, int], shards: set[str]) -> Iterator[SourceFile]:
+        for name, size in sorted((names | _module_configs(self.path, names)).items()):
+            if name in shards or name == INDEX:
+                continue
+            media_type, reason = _role(name)
+            yield SourceFile(name, size, media_type, reason)
+
+
+def open_checkpoint(path: str | Path, *, follow_links: bool = False) -> Checkpoint:
+    """Open a checkpoint directory and read its headers.
+
+    A directory is accepted when it has a config.json and weights as `model*.safetensors`, named by
+    model.safetensors.index.json where there is one. Links that lead out of the directory are
+    refused, except into the cache that a snapshot directory belongs to, unless `follow_links`.
+    Raises BadSource or BadTensorFile, naming the file or tensor.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise BadSource(
+            f"{folder} {what}",
+            kind="not_a_model_dir",
+            hint="give the directory that holds config.json and the .safetensors files",
+        )
+    return Checkpoint(folder, follow_links=follow_links)
+
+
+def is_model_dir(path: str | Path) -> bool:
+    """Whether the directory has a config.json and at least one .safetensors file."""
+    folder = Path(path)
+    return (folder / CONFIG).is_file() and any(
+        entry.name.endswith(SUFFIX) for entry in os.scandir(folder)
+    )
+
+
+def _list(folder: Path) -> dict[str, int]:
+    """Names and sizes in the folder itself; sub-folders left out."""
+    found = {}
+    for entry in os.scandir(folder):
+        try:
+            if not entry.is_dir():
+                found[entry.name] = entry.stat().st_size
+        except OSError:  # a dangling or circular link: opening it will say so
+            found[entry.name] = 0
+    return found
+
+
+def _unindexed_shards(names: Mapping[str, int]) -> list[str]:
+    shards = sorted(n for n in names if n.startswith("model") and n.endswith(SUFFIX))
+    if "model.safetensors" in shards and len(shards) > 1:
+        others = ", ".join(s for s in shards if s != "model.safetensors")
+        raise BadSource(
+            f"model.safetensors lies beside {others} and there is no {INDEX}",
+            kind="ambiguous_source",
+            hint="remove the files that do not belong to the model, or add the index",
+        )
+    if not shards:
+        other = sorted(n for n in names if n.endswith((SUFFIX, ".bin", ".pt", ".pth", ".gguf")))
+        found = f"; found {', '.join(other)}" if other else ""
+        raise BadSource(
+            f"no model weights: looked for model*.safetensors{found}",
+            kind="no_weights",
+            hint="weights must be safetensors named model*.safetensors or listed in an index",
+        )
+    return shards
+
+
+def _place(
+    tensor: SourceTensor,
+    found: dict[str, SourceTensor],
+    ignored: list[SourceTensor],
+    weight_map: Mapping[str, str],
+) -> None:
+    if tensor.name in found:
+        raise BadSource(
+            f"tensor {tensor.name!r} is in {found[tensor.name].file} and in {tensor.file}",
+            kind="duplicate_tensor",
+        )
+    if not weight_map:
+        found[tensor.name] = tensor
+        return
+    if tensor.name not in weight_map:
+        ignored.append(tensor)
+        return
+    if weight_map[tensor.name] != tensor.file:
+        raise BadSource(
+            f"{INDEX} places tensor {tensor.name!r} in {weight_map[tensor.name]}, "
+            f"but it is in {tensor.file}",
+            kind="misplaced_tensor",
+        )
+    found[tensor.name] = tensor
+
+
+def _module_configs(folder: Path, names: Mapping[str, int]) -> dict[str, int]:
+    """Configs of sentence-transformers modules (pooling and such), one folder down."""
+    if "modules.json" not in names:
+        return {}
+    found = {}
+    for entry in os.scandir(folder):
+        path = folder / entry.name / CONFIG
+        if entry.is_dir(follow_symlinks=False) and path.is_file():
+            found[f"{entry.name}/{CONFIG}"] = path.stat().st_size
+    return found
+
+
+def _role(name: str) -> tuple[str | None, str]:
+    if name.endswith(".json"):
+        return mediatypes.JSON, "JSON side file"
+    if name in _RUNTIME_NAMES or name.endswith(_RUNTIME_SUFFIXES):
+        return mediatypes.FILE, "read by a runtime"
+    if name.endswith(SUFFIX):
+        return None, "weights that are not part of the model"
+    return None, "not read by a runtime"
+
+
+def _refuse_link_outside(folder: Path, path: Path, name: str, follow_links: bool) -> None:
+    try:
+        target = path.resolve(strict=True)
+        home = folder.resolve(strict=True)
+    except (OSError, RuntimeError) as error:  # RuntimeError: a circular link, before Python 3.13
+        raise _cannot_open(name, error) from None
+    allowed = [home]
+    if home.parent.name == "snapshots":  # a download cache keeps every file as a link to its blobs
+        allowed.append((home.parent.parent / "blobs").resolve())
+    if follow_links or any(target.is_relative_to(root) for root in allowed):
+        return
+    raise BadSource(
+        f"{name} is a link to {target}, outside the checkpoint",
+        kind="link_outside",
+        hint="use --follow-links if that is meant",
+    )
+
+
+def _cannot_open(name: str, error: Exception) -> BadSource:
+    absent = isinstance(error, OSError) and error.errno == errno.ENOENT
+    reason = getattr(error, "strerror", None) or "circular link"
+    return BadSource(
+        f"source model is incomplete: {name}: {reason}",
+        kind="missing_shard" if absent else "unreadable_shard",
+        hint="fetch the missing file again" if absent else None,
+    )
+
+
+def _pread(opened: _OpenFile, offset: int, length: int, name: str) -> bytes:
+    parts = []
+    while length:
+        part = os.pread(opened.fd, length, offset)
+        if not part:
+            raise _changed(name)
+        parts.append(part)
+        offset, length = offset + len(part), length - len(part)
+    return b"".join(parts)
+
+
+def _changed(name: str) -> BadSource:
+    return BadSource(
+        f"{name} changed while it was read",
+        kind="source_changed",
+        hint="wait until the download has finished, then run the command again",
+    )

@@ -1,0 +1,238 @@
+"""What kind of checkpoint this is, from tensor names, dtypes and config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from quantmill.errors import BadPlan, BadSource
+from quantmill.formats import (
+    FP8_E4M3_DTYPES,
+    FP8_E5M2_DTYPES,
+    MXFP8,
+    Format,
+    parse_request,
+    recorded_format,
+)
+from quantmill.source import Source, SourceTensor
+
+FLOAT = "float"
+PREQUANTIZED = "prequantized"
+BLOCK_FP8 = "block-fp8"
+
+FP8_BLOCK = (128, 128)
+
+_CONFIG_KEYS = ("quantization", "quantization_config", "compression_config")
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """The kind of a source and the format its weights will have on the whole, if one is known."""
+
+    name: str
+    format: Format | None
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """A way of storing quantized weights, recognised by one of its tensors."""
+
+    name: str
+    tensor: str
+
+
+def classify(source: Source, requested: str | None, group_size: int | None = None) -> Kind:
+    """The kind of `source`, with the format asked for.
+
+    Raises BadRequest for an unknown format, BadSource for FP8 variants and block sizes that cannot
+    be read, BadPlan when a format is asked for weights that are already quantized.
+    """
+    asked = parse_request(requested, group_size)
+    recorded = recorded_metadata(source.config)  # a config of the wrong shape fails here
+    tensors = source.tensors
+    e5m2 = _first(tensors, lambda t: t.name.endswith(".weight") and t.dtype in FP8_E5M2_DTYPES)
+    if e5m2:
+        raise BadSource(
+            f"tensor {e5m2.name!r} has dtype {e5m2.dtype}, which is not supported",
+            kind="unsupported_fp8_variant",
+        )
+    packed = _first(tensors, lambda t: is_packed(t, tensors))
+    if packed:
+        if asked:
+            raise _requantize(packed, asked, "requantize_prequantized")
+        return Kind(PREQUANTIZED, _shared_format(source, recorded.get("quant_type")))
+    fp8 = _first(tensors, lambda t: t.name.endswith(".weight") and t.dtype in FP8_E4M3_DTYPES)
+    if fp8:
+        if asked:
+            raise _requantize(fp8, asked, "requantize_fp8")
+        _check_block_size(source.config)
+        return Kind(BLOCK_FP8, MXFP8)
+    return Kind(FLOAT, asked)
+
+
+def is_packed(tensor: SourceTensor, tensors: Mapping[str, SourceTensor]) -> bool:
+    """Whether this tensor shows that the checkpoint holds packed codes with scales."""
+    if tensor.name.endswith((".scales", ".weight_packed")):
+        return True
+    base = tensor.name.removesuffix("_scale")
+    weight = tensors.get(base) if tensor.name.endswith(".weight_scale") else None
+    return weight is not None and weight.dtype in {"U8", "U32"}
+
+
+def _first(
+    tensors: Mapping[str, SourceTensor], test: Callable[[SourceTensor], bool]
+) -> SourceTensor | None:
+    return next((t for t in tensors.values() if test(t)), None)
+
+
+def _requantize(found: SourceTensor, asked: Format, kind: str) -> BadPlan:
+    return BadPlan(
+        f"cannot requantize to {asked.name}: tensor {found.name!r} is already quantized",
+        kind=kind,
+        hint="leave out --quantize, or start from the original checkpoint",
+    )
+
+
+# -- what config.json says about quantization ------------------------------------------------------
+
+
+def quantization_entries(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The quantization objects of a config, in the order in which they are asked.
+
+    Raises BadSource when `bits`, `group_size` or `mode` has the wrong JSON type.
+    """
+    nested = config.get("text_config")
+    for place in (config, nested if isinstance(nested, dict) else {}):
+        for key in _CONFIG_KEYS:
+            entry = place.get(key)
+            if isinstance(entry, dict):
+                _check_types(key, entry)
+                yield entry
+
+
+def _check_types(key: str, entry: Mapping[str, Any]) -> None:
+    for name, kind in (("bits", int), ("group_size", int), ("mode", str), ("quant_method", str)):
+        value = entry.get(name)
+        if value is not None and type(value) is not kind:
+            raise BadSource(
+                f"config.json: {key}.{name} is {value!r}, not a {kind.__name__}",
+                kind="invalid_config",
+            )
+
+
+def recorded_metadata(config: Mapping[str, Any]) -> dict[str, str]:
+    """Blob metadata that the config's model-wide quantization entry stands for; {} for none.
+
+    A missing mode means affine, as mlx-lm reads its own older files.
+    """
+    entry = next((e for e in list(quantization_entries(config)) if e.get("bits")), None)
+    if entry is None:
+        return {}
+    found = recorded_format(entry.get("mode") or "affine", entry["bits"])
+    if found is None:
+        return {}
+    group = entry.get("group_size") or 0
+    return {"quant_type": found.name} | ({"group_size": str(group)} if group > 0 else {})
+
+
+def _shared_format(source: Source, recorded: str | None) -> Format | None:
+    """The one format all packed weights share, None when they differ or say nothing."""
+    found: set[str | None] = set()
+    for tensor in source.tensors.values():
+        if tensor.name.endswith(".scales"):
+            found.add(recorded)
+        elif tensor.name.endswith(".weight_packed") or (
+            tensor.name.endswith(".weight_scale") and is_packed(tensor, source.tensors)
+        ):
+            found.add("nvfp4")
+    name = found.pop() if len(found) == 1 else None
+    return parse_request(name)
+
+
+def fp8_block_size(config: Mapping[str, Any]) -> tuple[int, int] | None:
+    """The block size of block-FP8 weights as the config states it, None when it does not."""
+    for entry in quantization_entries(config):
+        method = str(entry.get("quant_method", "")).lower()
+        size = entry.get("weight_block_size") if method == "fp8" else None
+        if size is None and (
+            method == "compressed-tensors" or entry.get("format") == "float-quantized"
+        ):
+            size = _group_block(entry.get("config_groups"))
+        if isinstance(size, list) and len(size) == 2 and all(type(n) is int for n in size):
+            return size[0], size[1]
+    return None
+
+
+def _group_block(groups: Any) -> Any:
+    for group in groups.values() if isinstance(groups, dict) else ():
+        weights = group.get("weights") if isinstance(group, dict) else None
+        if not isinstance(weights, dict) or group.get("format") != "float-quantized":
+            continue
+        if weights.get("num_bits") == 8 and str(weights.get("type", "")).lower() == "float":
+            return weights.get("block_structure")
+    return None
+
+
+def _check_block_size(config: Mapping[str, Any]) -> None:
+    size = fp8_block_size(config)
+    if size is None:
+        raise BadSource(
+            "config.json: FP8 weights without weight_block_size",
+            kind="missing_weight_block_size",
+        )
+    if size != FP8_BLOCK:
+        raise BadSource(
+            f"config.json: FP8 block size {size[0]}x{size[1]} is not supported, only 128x128",
+            kind="unsupported_block_size",
+        )
+
+
+# -- schemes that are recognised and not imported yet ------------------------------------------------
+
+# Name endings that give a scheme away. Order matters: the first that fits names the scheme.
+_ENDINGS: tuple[tuple[str, str], ...] = (
+    (".weight_packed", "compressed-tensors packed weights"),
+    (".scales", "MLX quantized weights"),
+    (".qweight", "AWQ or GPTQ packed weights"),
+    ("_blocks", "gpt-oss MXFP4 blocks"),
+    (".absmax", "bitsandbytes weights"),
+    (".weight_scale_2", "ModelOpt NVFP4 weights"),
+    (".weight_scale_inv", "block FP8 weights"),
+    (".weight_scale", "scaled integer or FP8 weights"),
+)
+_CODE_DTYPES = (
+    {"U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"} | FP8_E4M3_DTYPES | FP8_E5M2_DTYPES
+)
+
+
+def recognise_scheme(source: Source) -> Scheme | None:
+    """The quantization scheme the tensors are stored in, None for plain float weights.
+
+    Goes by what is there rather than by what config.json claims: telling endings first, then any
+    matrix called `.weight` whose elements are integers or bytes, which can only be codes.
+    """
+    for ending, name in _ENDINGS:
+        for tensor in source.tensors.values():
+            if tensor.name.endswith(ending):
+                return Scheme(name, tensor.name)
+    for tensor in source.tensors.values():
+        if (
+            tensor.name.endswith(".weight")
+            and tensor.dtype in _CODE_DTYPES
+            and len(tensor.shape) > 1
+        ):
+            return Scheme(f"{tensor.dtype} codes without scales", tensor.name)
+    return None
+
+
+def refuse_quantized(source: Source) -> None:
+    """Raise BadSource unless all weights are plain floats."""
+    scheme = recognise_scheme(source)
+    if scheme is not None:
+        raise BadSource(
+            f"tensor {scheme.tensor!r} shows {scheme.name}; only float checkpoints "
+            "(BF16, F16, F32) can be imported",
+            kind="unsupported_source",
+            hint="start from the original, unquantized checkpoint",
+        )

@@ -1,0 +1,121 @@
+"""The file operations under the store: the one place where it touches the disk.
+
+Everything durable goes through these few calls, so that a test can count them, fail them or forget
+what was not synced. Errors of the system come out as StoreError, naming the path.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from quantmill.errors import NoSpace, NotFound, StoreError
+
+FILE_MODE = 0o644
+FOLDER_MODE = 0o755
+
+
+class Disk:
+    """The real disk."""
+
+    def create(self, folder: Path, prefix: str) -> tuple[Path, int]:
+        """A new file with a name of its own, open for writing: its path and descriptor."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        path = folder / f"{prefix}{secrets.token_hex(8)}"
+        with translated(folder):
+            while True:
+                self.make_folder(folder)
+                try:
+                    return path, os.open(path, flags, FILE_MODE)
+                except FileNotFoundError:  # another process removed the folder, empty, in between
+                    continue
+
+    def write(self, fd: int, data: memoryview, path: Path) -> None:
+        """Append all of `data`."""
+        with translated(path):
+            while data:
+                data = data[os.write(fd, data) :]
+
+    def close(self, fd: int, path: Path) -> None:
+        """Close a descriptor that `create` gave."""
+        with translated(path):
+            os.close(fd)
+
+    def sync(self, path: Path) -> None:
+        """Wait until the file's content is on stable storage."""
+        with translated(path):
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                _full_sync(fd)
+            finally:
+                os.close(fd)
+
+    def sync_folder(self, folder: Path) -> None:
+        """Wait until the folder's entries are on stable storage."""
+        self.sync(folder)
+
+    def rename(self, source: Path, target: Path) -> None:
+        """Give a file its final name, replacing what was there."""
+        with translated(target):
+            os.replace(source, target)
+
+    def remove(self, path: Path) -> None:
+        """Remove a file; one that is gone already is no error."""
+        with translated(path):
+            path.unlink(missing_ok=True)
+
+    def touch(self, path: Path) -> None:
+        """Set a file's time to now: collectors with an age limit then leave it alone."""
+        with translated(path):
+            os.utime(path)
+
+    def make_folder(self, folder: Path) -> None:
+        """Create a folder and its parents, each made durable in its own parent."""
+        if folder.is_dir():
+            return
+        with translated(folder):
+            self.make_folder(folder.parent)
+            folder.mkdir(FOLDER_MODE, exist_ok=True)
+            self.sync(folder.parent)
+
+    def remove_folder(self, folder: Path) -> bool:
+        """Remove a folder if it is empty; whether it was."""
+        try:
+            folder.rmdir()
+        except OSError:
+            return False
+        return True
+
+
+def _full_sync(fd: int) -> None:
+    """Fsync; on Apple systems the drive's own cache must be flushed as well."""
+    try:
+        import fcntl
+
+        full = getattr(fcntl, "F_FULLFSYNC", None)
+        if full is not None:
+            fcntl.fcntl(fd, full)
+            return
+    except OSError:  # not every file system there knows it
+        pass
+    os.fsync(fd)
+
+
+@contextmanager
+def translated(path: Path) -> Iterator[None]:
+    """Turn system errors about `path` into StoreError, NotFound or NoSpace."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            raise NoSpace(
+                f"{path}: {reason}", hint="free some space and run the same command again"
+            ) from None
+        if error.errno == errno.ENOENT:
+            raise NotFound(f"{path}: {reason}") from None
+        raise StoreError(f"{path}: {reason}", kind="io") from None

@@ -1,0 +1,167 @@
+"""The plan: every decision of a `create`, as plain data, before the first byte is written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from quantmill.formats import DTYPE_BYTES, Format
+from quantmill.source import SourceFile
+from quantmill.tensorfile import lay_out
+
+# Transforms: what happens to the bytes between source and quantization.
+STACK = "stack_experts"
+CAST = "cast_bf16"
+REPACK_FP4 = "repack_fp4"
+RELABEL_U8 = "relabel_u8"
+SCALAR_F32 = "scalar_f32"
+RECIPROCAL_F32 = "reciprocal_f32"
+DECODE_FP8 = "decode_fp8"
+DECODE_STACK_FP8 = "decode_stack_fp8"
+
+
+@dataclass(frozen=True, slots=True)
+class Override:
+    """A user's rule: tensors whose name fits `pattern` get `format`, None meaning keep."""
+
+    pattern: str
+    format: Format | None
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the user may choose. The defaults give MLX's own bytes."""
+
+    overrides: tuple[Override, ...] = ()
+    rounding: str = "ceil"
+    global_scale: bool = False
+    allow_non_finite: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One tensor to write.
+
+    `dtype` and `shape` are those after `transform` and before quantization. `format` None keeps
+    them. `rule` and `reason` say why.
+    """
+
+    name: str
+    sources: tuple[str, ...]
+    transform: str | None
+    dtype: str
+    shape: tuple[int, ...]
+    format: Format | None
+    rule: str
+    reason: str
+    global_scale: bool = False
+
+    @property
+    def elements(self) -> int:
+        """Number of weights."""
+        return math.prod(self.shape)
+
+    @property
+    def stored(self) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
+        """Name, dtype and shape of everything written for this tensor, in file order."""
+        fmt = self.format
+        if fmt is None:
+            return ((self.name, self.dtype, self.shape),)
+        *leading, columns = self.shape
+        groups = (*leading, columns // fmt.group_size)
+        scale = fmt.scale_dtype(self.dtype)
+        parts = [
+            (self.name, "U32", (*leading, fmt.packed_columns(columns))),
+            (f"{self.name}.scale", scale, groups),
+        ]
+        if fmt.has_bias:
+            parts.append((f"{self.name}.bias", scale, groups))
+        if self.global_scale:
+            parts.append((f"{self.name}.global_scale", "F32", ()))
+        return tuple(parts)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of data written, headers not counted."""
+        return sum(math.prod(shape) * DTYPE_BYTES[dtype] for _, dtype, shape in self.stored)
+
+
+@dataclass(frozen=True, slots=True)
+class BlobSpec:
+    """One tensor blob: its name in the manifest, its tensors in file order, what it records."""
+
+    name: str
+    tensors: tuple[TensorSpec, ...]
+    metadata: Mapping[str, str]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the finished file."""
+        return len(self.header) + sum(t.nbytes for t in self.tensors)
+
+    @property
+    def header(self) -> bytes:
+        """Length prefix and header of the finished file."""
+        return lay_out([part for t in self.tensors for part in t.stored], self.metadata)[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """A source tensor that is not written, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The complete decision about a source. Equal sources and options give equal plans."""
+
+    version: str
+    fingerprint: str
+    kind: str
+    policy: str
+    format: Format | None
+    options: Options
+    blobs: tuple[BlobSpec, ...]
+    dropped: tuple[Dropped, ...]
+    files: tuple[SourceFile, ...]
+    source_bytes: int
+
+    @property
+    def tensors(self) -> tuple[TensorSpec, ...]:
+        """All tensors in writing order."""
+        return tuple(t for blob in self.blobs for t in blob.tensors)
+
+    @property
+    def blob_bytes(self) -> int:
+        """Bytes of all tensor blobs."""
+        return sum(blob.size for blob in self.blobs)
+
+    @property
+    def needed_bytes(self) -> int:
+        """Disk space for a store that holds nothing of this model yet."""
+        return self.blob_bytes + sum(f.size for f in self.files if f.media_type)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits of data per weight, everything included."""
+        weights = sum(t.elements for t in self.tensors)
+        return 8 * sum(t.nbytes for t in self.tensors) / weights if weights else 0.0
+
+
+def plan_to_json(plan: Plan) -> dict[str, Any]:
+    """The plan as JSON values; `plan_from_json` gives an equal plan back."""
+    from pydantic import TypeAdapter
+
+    found: dict[str, Any] = TypeAdapter(Plan).dump_python(plan, mode="json")
+    return found
+
+
+def plan_from_json(document: Mapping[str, Any]) -> Plan:
+    """The plan that `plan_to_json` made; raises ValueError naming the field that does not fit."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Plan).validate_python(document)

@@ -1,0 +1,147 @@
+"""Removing: names with `rm`, blobs that no manifest names with `prune`. Planned first, then done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from quantmill.digests import Digest
+from quantmill.errors import Busy, Corrupt, NotFound
+from quantmill.names import ModelName
+from quantmill.store import BlobFile, Store
+
+GRACE_SECONDS = 3600.0
+"""Files younger than this are kept: another program may be about to name them."""
+
+
+@dataclass(frozen=True, slots=True)
+class PrunePlan:
+    """Files to remove, and how many unreferenced ones are too young to be removed yet."""
+
+    blobs: tuple[BlobFile, ...]
+    leftovers: tuple[BlobFile, ...]
+    young: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that removing frees."""
+        return sum(f.size for f in (*self.blobs, *self.leftovers))
+
+
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """What `rm` did: names and blobs gone; `left` unreferenced blobs wait for prune."""
+
+    names: tuple[ModelName, ...]
+    blobs: int
+    nbytes: int
+    left: int
+
+
+def referenced(store: Store) -> set[Digest]:
+    """Every digest that some manifest names; raises Corrupt if one cannot be read."""
+    found: set[Digest] = set()
+    for stored in store.list_names():
+        try:
+            manifest = store.get_manifest(stored.name)
+        except NotFound:  # removed meanwhile
+            continue
+        found.update(ref.digest for ref in manifest.all_refs())
+    return found
+
+
+def plan_prune(store: Store, older_than: float = GRACE_SECONDS) -> PrunePlan:
+    """Blobs no manifest names, and temporary files, older than `older_than` seconds.
+
+    Raises Corrupt when a manifest cannot be read: what it names would look unreferenced.
+    """
+    try:
+        needed = referenced(store)
+    except Corrupt as error:
+        raise Corrupt(
+            error.message,
+            kind=error.kind,
+            hint="nothing is pruned while a manifest is unreadable; remove or replace that model",
+        ) from None
+    loose = [blob for blob in store.list_blobs() if blob.digest not in needed]
+    loose += store.stale_manifest_files()
+    old = [blob for blob in loose if blob.age >= older_than]
+    return PrunePlan(
+        tuple(b for b in old if b.digest is not None),
+        tuple(b for b in old if b.digest is None),
+        len(loose) - len(old),
+    )
+
+
+def prune(store: Store, older_than: float = GRACE_SECONDS) -> PrunePlan:
+    """Plan and carry out; returns what was removed.
+
+    Raises Busy while another process of quantmill writes to the store.
+    """
+    with store.removing():
+        plan = plan_prune(store, older_than)
+        for blob in (*plan.blobs, *plan.leftovers):
+            store.disk.remove(blob.path)
+        _remove_empty_folders(store)
+    return plan
+
+
+def _remove_empty_folders(store: Store) -> None:
+    def sweep(folder: Path, depth: int) -> None:
+        for child in sorted(folder.iterdir()) if folder.is_dir() else ():
+            if child.is_dir() and not child.is_symlink():
+                if depth > 1:
+                    sweep(child, depth - 1)
+                store.disk.remove_folder(child)
+
+    sweep(store.manifests, 3)
+
+
+def remove(store: Store, names: Iterable[ModelName]) -> Removed:
+    """Remove names, then the blobs that only they named.
+
+    All names are looked up before the first is removed; raises NotFound, removing nothing, when
+    one is missing. Blobs stay for a later prune where a manifest cannot be read or another process
+    is writing.
+    """
+    wanted = {store.spelling(name).key: store.spelling(name) for name in names}
+    candidates: set[Digest] = set()
+    for name in wanted.values():
+        try:
+            candidates.update(ref.digest for ref in store.get_manifest(name).all_refs())
+        except Corrupt:  # a broken manifest can be removed; what it named is prune's business
+            continue
+    for name in wanted.values():
+        store.remove_manifest(name)
+    try:
+        with store.removing():
+            loose = candidates - referenced(store)
+            sizes = [_remove_blob(store, digest) for digest in sorted(loose)]
+    except (Busy, Corrupt):
+        return Removed(tuple(wanted.values()), 0, 0, len(candidates))
+    return Removed(tuple(wanted.values()), len(sizes), sum(sizes), 0)
+
+
+def _remove_blob(store: Store, digest: Digest) -> int:
+    try:
+        size = store.blob_size(digest)
+    except NotFound:
+        return 0
+    store.remove_blob(digest)
+    return size
+
+
+def copy(store: Store, source: ModelName, target: ModelName) -> None:
+    """Give the model a second name; the same blobs, no data moved.
+
+    Replaces what `target` named before. Raises NotFound and Corrupt.
+    """
+    manifest = store.get_manifest(source)
+    if store.spelling(source).key == store.spelling(target).key:
+        return
+    with store.writing():
+        for ref in manifest.all_refs():
+            if store.blob_size(ref.digest) != ref.size:
+                raise Corrupt(f"blob {ref.digest.short} of {source.display} has the wrong size")
+        store.put_manifest(target, manifest.raw)

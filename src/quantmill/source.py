@@ -1,0 +1,76 @@
+"""What a checkpoint says about itself: tensors, config, files. Values only; checkpoint.py finds them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from quantmill import strictjson
+from quantmill.digests import Digest, digest_of
+from quantmill.formats import DTYPE_BYTES
+
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True, slots=True)
+class SourceTensor:
+    """A tensor of the checkpoint: where its bytes lie and how to read them.
+
+    `file` is relative to the checkpoint, `start` counts bytes from the file's beginning.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str = ""
+    start: int = 0
+
+    @property
+    def elements(self) -> int:
+        """Number of elements; 1 for a scalar."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of data."""
+        return self.elements * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """A file beside the weights. `media_type` None means it is left out, for `reason`."""
+
+    name: str
+    size: int
+    media_type: str | None
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Everything decisions may depend on; no weight data.
+
+    `tensors` is sorted by name. `ignored` are tensors that lie in a shard but not in the index.
+    `texts` holds the few small files whose content decides something (config.json, chat templates).
+    """
+
+    config: Mapping[str, Any]
+    tensors: Mapping[str, SourceTensor]
+    files: tuple[SourceFile, ...] = ()
+    ignored: tuple[SourceTensor, ...] = ()
+    texts: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors together."""
+        return sum(t.nbytes for t in self.tensors.values())
+
+    @property
+    def fingerprint(self) -> Digest:
+        """Changes whenever a name, dtype, shape, place, config or side file changes."""
+        tensors = [[t.name, t.dtype, t.shape, t.file, t.start] for t in self.tensors.values()]
+        files = [[f.name, f.size, f.media_type] for f in self.files]
+        return digest_of(strictjson.canonical([dict(self.config), tensors, files]))

@@ -1,0 +1,377 @@
+"""The store on disk: blobs under their digest, manifests under their name (docs/store.md).
+
+    <root>/blobs/sha256-<64 hex>
+    <root>/manifests/<host>/<namespace>/<model>/<tag>
+
+A blob is written to a temporary file beside its final name, hashed on the way, synced and renamed;
+the manifest that names it follows last, the same way. A reader therefore sees a model whole or not
+at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from quantmill.digests import Digest, parse_digest
+from quantmill.errors import BadName, Busy, Corrupt, NotFound
+from quantmill.files import Disk, translated
+from quantmill.manifest import MAX_MANIFEST, Manifest, parse_manifest
+from quantmill.names import ModelName, name_from_path
+
+# Not a digest, so collectors take it for what it is; the prefix is the one Ollama uses.
+TEMP_BLOB = "sha256-tmp-"
+TEMP_MANIFEST = ".tmp-"
+LOCK_FILE = ".quantmill.lock"
+
+
+def default_root(environ: Mapping[str, str]) -> Path:
+    """QUANTMILL_STORE, else OLLAMA_MODELS, else `.ollama/models` in the user's home."""
+    for variable in ("QUANTMILL_STORE", "OLLAMA_MODELS"):
+        if environ.get(variable):
+            return Path(environ[variable]).expanduser()
+    return Path.home() / ".ollama" / "models"
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A blob that is complete in a temporary file and waits for `Store.commit`."""
+
+    digest: Digest
+    size: int
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class BlobFile:
+    """A file in the blobs folder; `digest` is None for temporary and foreign files."""
+
+    path: Path
+    digest: Digest | None
+    size: int
+    age: float
+
+
+@dataclass(frozen=True, slots=True)
+class StoredName:
+    """A manifest file: its name, bytes on disk and time of the last change (seconds)."""
+
+    name: ModelName
+    path: Path
+    modified: float
+
+
+class BlobWriter:
+    """A blob being written. Leave the context without `finish` and nothing remains."""
+
+    def __init__(self, disk: Disk, folder: Path) -> None:
+        self._disk, self._hash, self._size = disk, hashlib.sha256(), 0
+        self._path, fd = disk.create(folder, TEMP_BLOB)
+        self._fd: int | None = fd
+        self._finished = False
+
+    def __enter__(self) -> BlobWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if not self._finished:
+            self._close()
+            self._disk.remove(self._path)
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append bytes."""
+        view = memoryview(data).cast("B")
+        self._hash.update(view)
+        if self._fd is None:
+            raise ValueError("write to a finished blob")
+        self._disk.write(self._fd, view, self._path)
+        self._size += len(view)
+
+    def finish(self) -> Pending:
+        """Close the file and check its length; the blob gets its name in `Store.commit`."""
+        self._close()
+        with translated(self._path):
+            length = self._path.stat().st_size
+        if length != self._size:
+            raise Corrupt(f"{self._path}: wrote {self._size} bytes, the file has {length}")
+        self._finished = True
+        return Pending(Digest(self._hash.hexdigest()), self._size, self._path)
+
+    def _close(self) -> None:
+        if self._fd is not None:
+            fd, self._fd = self._fd, None
+            self._disk.close(fd, self._path)
+
+
+class Store:
+    """A directory of blobs and manifests that Ollama reads and writes too."""
+
+    def __init__(self, root: str | Path | None = None, disk: Disk | None = None) -> None:
+        self.root = default_root(os.environ) if root is None else Path(root)
+        self.disk = disk or Disk()
+        self.blobs = self.root / "blobs"
+        self.manifests = self.root / "manifests"
+
+    # -- blobs ---------------------------------------------------------------------------------
+
+    def blob_path(self, digest: Digest) -> Path:
+        """Where a blob lies, whether or not it is there."""
+        return self.blobs / digest.file_name
+
+    def new_blob(self) -> BlobWriter:
+        """Start writing a blob whose digest is not known yet."""
+        return BlobWriter(self.disk, self.blobs)
+
+    def commit(self, pending: Iterable[Pending]) -> int:
+        """Make complete blobs durable and give them their names; returns how many were new.
+
+        All are synced first, then renamed, then the folder is synced once. A blob that is there
+        with the right size is kept and touched, so that a collector with an age limit spares it;
+        one with another size is damaged and replaced.
+        """
+        new: dict[Digest, Pending] = {}
+        for blob in pending:
+            if blob.digest in new:
+                self.disk.remove(blob.path)
+            elif self._is_present(blob):
+                self.disk.touch(self.blob_path(blob.digest))
+                self.disk.remove(blob.path)
+            else:
+                new[blob.digest] = blob
+        for blob in new.values():
+            self.disk.sync(blob.path)
+        for blob in new.values():
+            self.disk.rename(blob.path, self.blob_path(blob.digest))
+        if new:
+            self.disk.sync_folder(self.blobs)
+        return len(new)
+
+    def _is_present(self, blob: Pending) -> bool:
+        try:
+            found = self.blob_path(blob.digest).lstat()
+        except OSError:
+            return False
+        return stat.S_ISREG(found.st_mode) and found.st_size == blob.size
+
+    def discard(self, pending: Iterable[Pending]) -> None:
+        """Remove complete blobs that will not be committed."""
+        for blob in pending:
+            self.disk.remove(blob.path)
+
+    def blob_size(self, digest: Digest) -> int:
+        """Size of a blob in bytes; raises NotFound."""
+        with translated(self.blob_path(digest)):
+            found = self.blob_path(digest).stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise Corrupt(f"{self.blob_path(digest)} is not a regular file")
+        return found.st_size
+
+    def read_blob(self, digest: Digest, limit: int) -> bytes:
+        """A whole blob of at most `limit` bytes; raises NotFound or Corrupt."""
+        return b"".join(self.blob_chunks(digest, 0, self._bounded(digest, limit)))
+
+    def _bounded(self, digest: Digest, limit: int) -> int:
+        size = self.blob_size(digest)
+        if size > limit:
+            raise Corrupt(f"blob {digest.short} has {size} bytes; {limit} is the limit here")
+        return size
+
+    def blob_chunks(
+        self, digest: Digest, start: int, end: int, chunk: int = 1 << 20
+    ) -> Iterator[bytes]:
+        """The bytes from `start` to `end`, at most `chunk` at a time; raises NotFound, Corrupt."""
+        path = self.blob_path(digest)
+        with translated(path):
+            handle = path.open("rb", buffering=0)
+        with handle, translated(path):
+            handle.seek(start)
+            while start < end:
+                part = handle.read(min(chunk, end - start))
+                if not part:
+                    raise Corrupt(f"blob {digest.short} ends at byte {start}, {end} are needed")
+                start += len(part)
+                yield part
+
+    def hash_blob(self, digest: Digest) -> Digest:
+        """The digest that the bytes on disk really have."""
+        found = hashlib.sha256()
+        for part in self.blob_chunks(digest, 0, self.blob_size(digest)):
+            found.update(part)
+        return Digest(found.hexdigest())
+
+    def remove_blob(self, digest: Digest) -> None:
+        """Remove a blob; one that is gone already is no error."""
+        self.disk.remove(self.blob_path(digest))
+
+    def list_blobs(self) -> list[BlobFile]:
+        """Every regular file in the blobs folder, in name order."""
+        now, found = time.time(), []
+        for entry in _scan(self.blobs):
+            if entry.is_file(follow_symlinks=False):
+                info = entry.stat(follow_symlinks=False)
+                digest = _digest_or_none(entry.name)
+                age = max(0.0, now - info.st_mtime)
+                found.append(BlobFile(Path(entry.path), digest, info.st_size, age))
+        return sorted(found, key=lambda b: b.path.name)
+
+    # -- manifests -----------------------------------------------------------------------------
+
+    def spelling(self, name: ModelName) -> ModelName:
+        """The name with each part spelled as an existing manifest spells it, case aside."""
+        folder, parts = self.manifests, []
+        for part in name.parts:
+            names = {entry.name for entry in _scan(folder)}
+            same = sorted(n for n in names if n.lower() == part.lower())
+            parts.append(part if part in names or not same else same[0])
+            folder = folder / parts[-1]
+        host, namespace, model, tag = parts
+        return ModelName(model, tag, namespace, host, name.scheme)
+
+    def manifest_path(self, name: ModelName) -> Path:
+        """Where a name's manifest lies, whether or not it is there."""
+        return self.manifests / self.spelling(name).path
+
+    def get_manifest(self, name: ModelName) -> Manifest:
+        """The manifest of a name; raises NotFound or Corrupt."""
+        return self._read_manifest(self.manifest_path(name), name.display)
+
+    def _read_manifest(self, path: Path, shown: str) -> Manifest:
+        try:
+            info = path.stat()
+            if not stat.S_ISREG(info.st_mode) or info.st_size > MAX_MANIFEST:
+                raise Corrupt(f"manifest of {shown} is not a file of acceptable size")
+            return parse_manifest(path.read_bytes(), shown)
+        except (FileNotFoundError, NotADirectoryError):
+            raise NotFound(
+                f"no model named {shown}", hint="`quantmill list` shows what is there"
+            ) from None
+        except OSError as error:
+            raise Corrupt(f"manifest of {shown}: {error.strerror}") from None
+
+    def put_manifest(self, name: ModelName, raw: bytes) -> None:
+        """Point a name to a manifest, durably and at once."""
+        target = self.manifest_path(name)
+        path, fd = self.disk.create(target.parent, TEMP_MANIFEST)
+        try:
+            try:
+                self.disk.write(fd, memoryview(raw), path)
+            finally:
+                self.disk.close(fd, path)
+            self.disk.sync(path)
+            self.disk.rename(path, target)
+        except BaseException:
+            self.disk.remove(path)
+            raise
+        self.disk.sync_folder(target.parent)
+
+    def remove_manifest(self, name: ModelName) -> None:
+        """Remove a name, and folders that are empty without it; raises NotFound."""
+        path = self.manifest_path(name)
+        if not path.is_file():
+            raise NotFound(
+                f"no model named {name.display}", hint="`quantmill list` shows what is there"
+            )
+        self.disk.remove(path)
+        self.disk.sync_folder(path.parent)
+        for folder in list(path.parents)[:3]:
+            if not self.disk.remove_folder(folder):
+                break
+
+    def list_names(self) -> list[StoredName]:
+        """Every name with a manifest, sorted; hidden and malformed names are passed over."""
+        found = []
+        for path in self._manifest_files():
+            try:
+                name = name_from_path(path.relative_to(self.manifests).as_posix())
+            except BadName:
+                continue
+            with suppress(FileNotFoundError):  # removed since the folder was read
+                found.append(StoredName(name, path, path.stat().st_mtime))
+        return sorted(found, key=lambda s: s.name.parts)
+
+    def _manifest_files(self) -> Iterator[Path]:
+        """Regular files four levels down; links are not followed."""
+        folders = [self.manifests]
+        for _ in range(3):
+            folders = [
+                Path(entry.path)
+                for folder in folders
+                for entry in _scan(folder)
+                if entry.is_dir(follow_symlinks=False)
+            ]
+        for folder in folders:
+            for entry in _scan(folder):
+                if entry.is_file(follow_symlinks=False):
+                    yield Path(entry.path)
+
+    def stale_manifest_files(self) -> list[BlobFile]:
+        """Temporary files that an interrupted `put_manifest` left."""
+        now = time.time()
+        found = []
+        for path in self._manifest_files():
+            if path.name.startswith(TEMP_MANIFEST):
+                info = path.stat()
+                found.append(BlobFile(path, None, info.st_size, max(0.0, now - info.st_mtime)))
+        return sorted(found, key=lambda b: b.path)
+
+    # -- lock ----------------------------------------------------------------------------------
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Hold off removal while blobs are written that no manifest names yet."""
+        with self._locked(exclusive=False):
+            yield
+
+    @contextmanager
+    def removing(self) -> Iterator[None]:
+        """Be alone while blobs are removed; raises Busy when another process writes."""
+        with self._locked(exclusive=True):
+            yield
+
+    @contextmanager
+    def _locked(self, *, exclusive: bool) -> Iterator[None]:
+        import fcntl
+
+        self.disk.make_folder(self.root)
+        path = self.root / LOCK_FILE
+        with translated(path):
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            kind = fcntl.LOCK_EX | fcntl.LOCK_NB if exclusive else fcntl.LOCK_SH
+            try:
+                fcntl.flock(fd, kind)
+            except BlockingIOError:
+                raise Busy(
+                    f"another process is writing to {self.root}",
+                    hint="wait until it has finished, then run the command again",
+                ) from None
+            yield
+        finally:
+            os.close(fd)  # lets the lock go
+
+
+def _scan(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _digest_or_none(file_name: str) -> Digest | None:
+    try:
+        return parse_digest(file_name)
+    except BadName:
+        return None

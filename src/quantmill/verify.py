@@ -1,0 +1,183 @@
+"""Verify: recompute every digest, reread every header, check every relation. Changes nothing."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from quantmill import mediatypes, strictjson
+from quantmill.digests import Digest
+from quantmill.errors import BadTensorFile, QuantmillError
+from quantmill.manifest import BlobRef
+from quantmill.names import ModelName
+from quantmill.store import Store
+from quantmill.stored import LEGACY_KEY, StoredTensor, describe_blob
+from quantmill.tensorfile import LENGTH_BYTES, TensorFile, header_length, parse_header
+
+MAX_JSON = 100 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """Something wrong: a kind for programs, what it is, and the models it hurts."""
+
+    kind: str
+    message: str
+    digest: Digest | None
+    models: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """What was checked and what was found."""
+
+    models: int
+    blobs: int
+    nbytes: int
+    damage: tuple[Damage, ...]
+
+
+@dataclass(slots=True)
+class _Work:
+    """Each blob once, with every reference to it."""
+
+    refs: dict[Digest, list[tuple[str, BlobRef]]] = field(default_factory=lambda: defaultdict(list))
+    damage: list[Damage] = field(default_factory=list)
+    nbytes: int = 0
+
+
+def verify(
+    store: Store,
+    names: Iterable[ModelName] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Verified:
+    """Check the named models, or all models and every other blob in the store.
+
+    `progress` is called with bytes done and bytes in all. Raises NotFound for a name that is not
+    there; damage is returned, not raised.
+    """
+    everything = names is None
+    chosen = [s.name for s in store.list_names()] if names is None else list(names)
+    work = _Work()
+    for name in chosen:
+        _collect(store, name, work, strict=not everything)
+    if everything:
+        for blob in store.list_blobs():
+            if blob.digest is not None:
+                work.refs[blob.digest]  # noqa: B018  (a defaultdict: unreferenced blobs count too)
+    total = sum(_size_or_zero(store, digest) for digest in work.refs)
+    for digest in sorted(work.refs):
+        _check_blob(store, digest, work)
+        if progress:
+            progress(work.nbytes, total)
+    damage = tuple(sorted(work.damage, key=lambda d: (d.models, d.message)))
+    return Verified(len(chosen), len(work.refs), work.nbytes, damage)
+
+
+def _collect(store: Store, name: ModelName, work: _Work, *, strict: bool) -> None:
+    from quantmill.errors import Corrupt, NotFound
+
+    try:
+        manifest = store.get_manifest(name)
+    except NotFound:
+        if strict:
+            raise
+        return
+    except Corrupt as error:
+        work.damage.append(Damage(error.kind, error.message, None, (name.display,)))
+        return
+    for ref in manifest.all_refs():
+        work.refs[ref.digest].append((name.display, ref))
+    if manifest.config is None:
+        problem = f"manifest of {name.display}: no config"
+        work.damage.append(Damage("bad_manifest", problem, None, (name.display,)))
+
+
+def _size_or_zero(store: Store, digest: Digest) -> int:
+    try:
+        return store.blob_size(digest)
+    except QuantmillError:
+        return 0
+
+
+def _check_blob(store: Store, digest: Digest, work: _Work) -> None:
+    uses = work.refs[digest]
+    models = tuple(sorted({model for model, _ in uses}))
+    try:
+        size = store.blob_size(digest)
+        actual = store.hash_blob(digest)
+        work.nbytes += size
+        if actual != digest:
+            work.damage.append(
+                Damage(
+                    "digest_mismatch",
+                    f"blob {digest.short}{_called(uses)} has the content of {actual.short}",
+                    digest,
+                    models,
+                )
+            )
+            return
+        for _, ref in uses:
+            _check_ref(store, ref, size)
+    except QuantmillError as error:
+        kind = "blob_missing" if error.kind == "not_found" else error.kind
+        what = f"blob {digest.short}{_called(uses)} is missing" if kind == "blob_missing" else (
+            error.message
+        )  # fmt: skip
+        work.damage.append(Damage(kind, what, digest, models))
+
+
+def _called(uses: list[tuple[str, BlobRef]]) -> str:
+    names = sorted({ref.name for _, ref in uses if ref.name})
+    return f" ({names[0]})" if names else ""
+
+
+def _check_ref(store: Store, ref: BlobRef, size: int) -> None:
+    from quantmill.errors import Corrupt
+
+    shown = ref.name or ref.media_type
+    if ref.size != size:
+        raise Corrupt(f"{shown}: the manifest says {ref.size} bytes, the blob has {size}")
+    if ref.media_type == mediatypes.TENSOR:
+        describe_ref(store, ref)
+    elif ref.media_type in mediatypes.JSON_TYPES:
+        try:
+            strictjson.parse(store.read_blob(ref.digest, MAX_JSON))
+        except strictjson.BadJson as error:
+            raise Corrupt(f"{shown}: {error}", kind="bad_json") from None
+
+
+def read_tensor_file(store: Store, ref: BlobRef) -> TensorFile:
+    """The checked header of a tensor blob; raises NotFound or Corrupt."""
+    from quantmill.errors import Corrupt
+
+    shown = ref.name or ref.digest.short
+    size = store.blob_size(ref.digest)
+    try:
+        prefix = b"".join(store.blob_chunks(ref.digest, 0, min(size, LENGTH_BYTES)))
+        length = header_length(prefix, size, shown)
+        header = b"".join(store.blob_chunks(ref.digest, LENGTH_BYTES, LENGTH_BYTES + length))
+        return parse_header(header, size, shown)
+    except BadTensorFile as error:
+        raise Corrupt(error.message, kind="bad_tensor_file") from None
+
+
+def describe_ref(store: Store, ref: BlobRef) -> list[StoredTensor]:
+    """The weights of a tensor blob; raises NotFound or Corrupt.
+
+    The entry's name must be that of its only weight, or the group its weights belong to.
+    """
+    from quantmill.errors import Corrupt
+
+    found = describe_blob(read_tensor_file(store, ref), ref.name or ref.digest.short)
+    names = [t.name for t in found]
+    if len(names) == 1 and names[0] not in {ref.name, LEGACY_KEY} and not _in_group(names[0], ref):
+        raise Corrupt(f"entry {ref.name!r} holds tensor {names[0]!r}", kind="bad_relation")
+    return found
+
+
+def _in_group(tensor: str, ref: BlobRef) -> bool:
+    """Whether a lone tensor may stand in an entry of this name: a group of one, or a component's."""
+    name = ref.name or ""
+    return tensor.startswith(f"{name}.") or name.endswith(f"/{tensor}")
