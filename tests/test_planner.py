@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from quantmill.classify import FLOAT, Kind, classify
 from quantmill.errors import BadPlan, BadRequest, BadSource, QuantmillError
 from quantmill.formats import DTYPE_BYTES, FORMAT_NAMES, INT4, INT8, NVFP4, parse_format
-from quantmill.plan import Options, Plan, TensorSpec, plan_from_json, plan_to_json
+from quantmill.plans import Options, Plan, TensorSpec, plan_from_json, plan_to_json
 from quantmill.planner import make_plan, parse_override
 from sources import source_of, vector_source
 from vectors import cases

@@ -108,7 +108,7 @@ class Checkpoint:
 
     def _json(self, name: str, kind: str) -> dict[str, Any]:
         try:
-            return strictjson.parse_object(self.read_file(name))
+            return strictjson.parse_object(self.read_file(name), constants=True)
         except strictjson.BadJson as error:
             raise BadSource(f"{name}: {error}", kind=kind) from None
 
@@ -149,7 +149,7 @@ class Checkpoint:
         for tensor, shard in found.items():
             if not isinstance(shard, str):
                 raise BadSource(f"{INDEX}: {tensor!r} has no file name", kind="bad_index")
-            if not shard.endswith(SUFFIX) or Path(shard).name != shard or "\0" in shard:
+            if not _is_file_name(shard) or not shard.endswith(SUFFIX):
                 raise BadSource(
                     f"{INDEX}: invalid shard path {shard!r} for {tensor!r}",
                     kind="invalid_shard_path",
@@ -291,7 +291,13 @@ def _module_configs(folder: Path, names: Mapping[str, int]) -> dict[str, int]:
     return found
 
 
+def _is_file_name(text: str) -> bool:
+    return Path(text).name == text and "\0" not in text and strictjson.is_text(text)
+
+
 def _role(name: str) -> tuple[str | None, str]:
+    if not strictjson.is_text(name):
+        return None, "its name is not UTF-8"
     if name.endswith(".json"):
         return mediatypes.JSON, "JSON side file"
     if name in _RUNTIME_NAMES or name.endswith(_RUNTIME_SUFFIXES):

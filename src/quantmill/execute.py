@@ -15,7 +15,7 @@ from quantmill.checkpoint import Checkpoint
 from quantmill.errors import BadWeights, QuantmillError
 from quantmill.formats import DTYPE_BYTES
 from quantmill.manifest import BlobRef
-from quantmill.plan import CAST, STACK, BlobSpec, Options, Plan, TensorSpec
+from quantmill.plans import CAST, STACK, BlobSpec, Options, Plan, TensorSpec
 from quantmill.quantize import (
     MAX_SCALE,
     Bytes,

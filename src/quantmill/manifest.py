@@ -13,6 +13,7 @@ from quantmill.errors import BadName, Corrupt
 
 MAX_MANIFEST = 64 * 2**20
 SCHEMA_VERSION = 2
+_MAX_SIZE = 2**63
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,10 +121,12 @@ def _ref(value: Any, where: str, manifest: str) -> BlobRef:
     media_type, size, name = value.get("mediaType"), value.get("size"), value.get("name")
     if not isinstance(media_type, str):
         raise _bad(manifest, f"{where}.mediaType is not a string")
-    if type(size) is not int or size < 0:
+    if type(size) is not int or not 0 <= size < _MAX_SIZE:
         raise _bad(manifest, f"{where}.size is not a byte count")
     if name is not None and not isinstance(name, str):
         raise _bad(manifest, f"{where}.name is not a string")
+    if name and not strictjson.is_text(name):
+        raise _bad(manifest, f"{where}.name {name!r} is not Unicode text")
     try:
         digest = parse_digest(str(value.get("digest")))
     except BadName as error:

@@ -48,40 +48,21 @@ class ParserFeatures:
     thinking: bool
 
 
-_BOTH = ParserFeatures(tools=True, thinking=True)
-_TOOLS = ParserFeatures(tools=True, thinking=False)
-_THINKING = ParserFeatures(tools=False, thinking=True)
-_NEITHER = ParserFeatures(tools=False, thinking=False)
+_FEATURES = {
+    ParserFeatures(tools=True, thinking=True): (
+        "cogito", "cohere", "deepseek3", "gemma4", "glimmer", "glm-4.7", "harmony", "laguna",
+        "lfm2-thinking", "nemotron-3-nano", "nemotron-3.5-nano", "ornith", "poolside-v1",
+        "qwen3-thinking", "qwen3-vl-thinking", "qwen3.5",
+    ),
+    ParserFeatures(tools=True, thinking=False): (
+        "functiongemma", "gemma4-no-thinking", "glm-ocr", "lfm2", "ministral", "olmo3", "qwen3",
+        "qwen3-coder", "qwen3-vl-instruct",
+    ),
+    ParserFeatures(tools=False, thinking=True): ("olmo3-think",),
+    ParserFeatures(tools=False, thinking=False): ("passthrough",),
+}  # fmt: skip
 
-PARSERS: Mapping[str, ParserFeatures] = {
-    "cogito": _BOTH,
-    "cohere": _BOTH,
-    "deepseek3": _BOTH,
-    "functiongemma": _TOOLS,
-    "gemma4": _BOTH,
-    "gemma4-no-thinking": _TOOLS,
-    "glimmer": _BOTH,
-    "glm-4.7": _BOTH,
-    "glm-ocr": _TOOLS,
-    "harmony": _BOTH,
-    "laguna": _BOTH,
-    "lfm2": _TOOLS,
-    "lfm2-thinking": _BOTH,
-    "ministral": _TOOLS,
-    "nemotron-3-nano": _BOTH,
-    "nemotron-3.5-nano": _BOTH,
-    "olmo3": _TOOLS,
-    "olmo3-think": _THINKING,
-    "ornith": _BOTH,
-    "passthrough": _NEITHER,
-    "poolside-v1": _BOTH,
-    "qwen3": _TOOLS,
-    "qwen3-coder": _TOOLS,
-    "qwen3-thinking": _BOTH,
-    "qwen3-vl-instruct": _TOOLS,
-    "qwen3-vl-thinking": _BOTH,
-    "qwen3.5": _BOTH,
-}
+PARSERS = {name: features for features, names in _FEATURES.items() for name in names}
 """The parsers built into Ollama (model/parsers at fb3076099)."""
 
 
@@ -166,18 +147,18 @@ def detect(files: Mapping[str, str]) -> Traits:
 
     Raises BadSource when one of the JSON files is no JSON object.
     """
-    config = _object(files, CONFIG)
+    config = _object(files.get(CONFIG, "{}"), CONFIG)
     file = files.get(CHAT_TEMPLATE, "")
     # some tokenizers list several named templates: none of them is the default one here
-    texts = _Templates(_text(_object(files, TOKENIZER_CONFIG).get("chat_template")) or file, file)
-    own = _names(config)
-    inner = config.get("llm_config")
-    inner_type = _text(inner.get("model_type")).lower() if isinstance(inner, dict) else ""
+    tokenizer = _object(files.get(TOKENIZER_CONFIG, "{}"), TOKENIZER_CONFIG)
+    texts = _Templates(_text(tokenizer.get("chat_template")) or file, file)
+    own, inner = _names(config), config.get("llm_config")
+    inner_type = _text(inner.get("model_type")) if isinstance(inner, dict) else ""
     parser, renderer = _parser_and_renderer([*own, inner_type], texts)
     return Traits(
         vision=isinstance(config.get("vision_config"), dict) or config.get("has_vision") is True,
         audio=any(isinstance(config.get(key), dict) for key in ("audio_config", "sound_config")),
-        thinking=_template_thinks(texts) or any(_qwen35(name) for name in own),
+        thinking=_template_thinks(texts) or any(_qwen35(name.lower()) for name in own),
         parser=parser,
         renderer=renderer,
     )
@@ -185,7 +166,7 @@ def detect(files: Mapping[str, str]) -> Traits:
 
 def capabilities(traits: Traits, parser: str | None) -> tuple[str, ...]:
     """What a model with these traits can do when `parser` reads its output."""
-    features = PARSERS.get(parser or "", _NEITHER)
+    features = PARSERS.get(parser or "passthrough", PARSERS["passthrough"])
     offered = {
         "completion": True,
         "vision": traits.vision,
@@ -212,7 +193,7 @@ def model_config(
     draft: Mapping[str, str] | None = None,
     base: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The config blob's fields, in Ollama's order; absent ones are left out.
+    """The config blob's fields, in Ollama's order, empty optional ones left out.
 
     `base` is the config of the model this one is built on: its other fields stay, and so does its
     file type when `file_type` is empty.
@@ -228,9 +209,9 @@ def model_config(
         "draft": dict(draft) if draft else base.get("draft"),
     }
     known = {**base, **decided}
-    kept = [name for name in known if name not in _FIELD_ORDER]
-    values = ((name, known.get(name) or _ALWAYS.get(name)) for name in (*_FIELD_ORDER, *kept))
-    return {name: value for name, value in values if value or name in _ALWAYS}
+    values = {name: known.pop(name, None) or _ALWAYS.get(name) for name in _FIELD_ORDER}
+    ours = {name: value for name, value in values.items() if value or name in _ALWAYS}
+    return ours | known
 
 
 def config_json(config: Mapping[str, Any]) -> bytes:
@@ -252,14 +233,8 @@ def draft_record(config_text: str | None) -> dict[str, str]:
     """What the config blob says about a draft model, from the text of its config.json."""
     if config_text is None:
         raise BadSource(f"the draft model has no {CONFIG}", kind="draft_config_missing")
-    try:
-        config = strictjson.parse_object(config_text.encode())
-    except strictjson.BadJson as error:
-        what = f"{CONFIG} of the draft model cannot be read: {error}"
-        raise BadSource(what, kind="draft_config_bad") from None
-    listed = config.get("architectures")
-    first = _text(listed[0]) if isinstance(listed, list) and listed else ""
-    architecture = first or _text(config.get("model_type"))
+    names = _names(_object(config_text, f"{CONFIG} of the draft model", "draft_config_bad"))
+    architecture = names[0] or names[-1]  # the first architecture, else model_type
     if not architecture:
         raise BadSource(
             f"{CONFIG} of the draft model has neither architectures nor model_type",
@@ -284,11 +259,9 @@ def check_draft_request(draft: str | None, draft_quantize: str | None) -> None:
 
 
 def _parser_and_renderer(names: list[str], texts: _Templates) -> tuple[str | None, str | None]:
-    for name in names:
-        for fits, named in _RULES:
-            if fits(name):
-                return named(texts)
-    return None, None
+    hits = (named for name in names for fits, named in _RULES if fits(name.lower()))
+    hit = next(hits, None)
+    return hit(texts) if hit else (None, None)
 
 
 def _template_thinks(texts: _Templates) -> bool:
@@ -302,7 +275,7 @@ def _template_thinks(texts: _Templates) -> bool:
 def _names(config: Mapping[str, Any]) -> list[str]:
     listed = config.get("architectures")
     found = [*(listed if isinstance(listed, list) else ()), config.get("model_type")]
-    return [_text(name).lower() for name in found]
+    return [_text(name) for name in found]
 
 
 def _higher_version(version: Any) -> str:
@@ -311,11 +284,12 @@ def _higher_version(version: Any) -> str:
     return MINIMUM_VERSION if key is None or key < minimum else _text(version)
 
 
-def _object(files: Mapping[str, str], name: str) -> dict[str, Any]:
+def _object(text: str, name: str, kind: str | None = None) -> dict[str, Any]:
     try:
-        return strictjson.parse_object(files[name].encode()) if name in files else {}
+        return strictjson.parse_object(text.encode(), constants=True)
     except strictjson.BadJson as error:
-        raise BadSource(f"{name} cannot be read: {error}", hint="fetch the file again") from None
+        what = f"{name} cannot be read: {error}"
+        raise BadSource(what, kind=kind, hint="fetch the file again") from None
 
 
 def _text(value: Any) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import codecs
 import difflib
-import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -113,7 +112,7 @@ def parse_modelfile(text: str) -> Modelfile:
             "the Modelfile names no model", hint="add a line: FROM <directory or model>"
         )
     return Modelfile(
-        **{name: value or None for name, value in found.values.items() if name != "source"},  # type: ignore[arg-type]
+        **{name: value or None for name, value in found.values.items() if name != "source"},
         source=found.values["source"],
         license=tuple(found.license),
         parameters=found.parameters or None,
@@ -235,7 +234,7 @@ def _requires(command: _Command) -> str:
 
 
 def _float(text: str) -> float:
-    if not _FLOAT.fullmatch(text) or not math.isfinite(float(text)):
+    if not _FLOAT.fullmatch(text) or abs(float(text)) >= 2.0**128:  # runtimes hold 32 bits
         raise ValueError(text)
     return float(text)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from quantmill.classify import FP8_BLOCK, recorded_metadata
 from quantmill.errors import BadSource
 from quantmill.formats import FP8_E4M3_DTYPES, MXFP8
-from quantmill.plan import (
+from quantmill.plans import (
     DECODE_FP8,
     DECODE_STACK_FP8,
     RECIPROCAL_F32,

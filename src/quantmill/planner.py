@@ -11,7 +11,7 @@ from quantmill.classify import BLOCK_FP8, PREQUANTIZED, Kind
 from quantmill.errors import BadPlan, BadRequest
 from quantmill.formats import FLOAT_DTYPES, Format, dtype_bytes, parse_format
 from quantmill.packings import plan_block_fp8, plan_prequantized
-from quantmill.plan import CAST, STACK, BlobSpec, Dropped, Options, Override, Plan, TensorSpec
+from quantmill.plans import CAST, STACK, BlobSpec, Dropped, Options, Override, Plan, TensorSpec
 from quantmill.policy import Decision, Policy, decide, decide_draft, is_aligned, select_policy
 from quantmill.source import Source, SourceTensor
 from quantmill.stacks import blob_of, expert_count, ordered_members, split_experts, stack_blobs

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from quantmill.errors import BadSource
 from quantmill.experts import ExpertName, parse_expert
-from quantmill.plan import BlobSpec, TensorSpec
+from quantmill.plans import BlobSpec, TensorSpec
 from quantmill.source import SourceTensor
 
 
@@ -49,10 +49,13 @@ def ordered_members(
     Raises BadSource unless there are `count` of them, numbered from 0 without gaps, equal in dtype
     and shape.
     """
-    for index in sorted(set(range(count)) ^ members.keys()):
-        what = "has no" if index not in members else "cannot be the index of"
-        raise BadSource(f"{group}: expert {index} {what} {projection}", kind="missing_expert")
-    ordered = [members[index] for index in sorted(members)]
+    indices = sorted(members)
+    # a file may claim any index, so nothing here may grow with `count`
+    wrong = next((min(i, at) for at, i in enumerate(indices) if i != at), len(indices))
+    if wrong != count:
+        what = "has no" if wrong not in members else "cannot be the index of"
+        raise BadSource(f"{group}: expert {wrong} {what} {projection}", kind="missing_expert")
+    ordered = [members[index] for index in indices]
     for tensor in ordered[1:]:
         if (tensor.dtype, tensor.shape) != (ordered[0].dtype, ordered[0].shape):
             raise BadSource(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import stat
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -123,6 +124,13 @@ class Store:
         self.disk = disk or Disk()
         self.blobs = self.root / "blobs"
         self.manifests = self.root / "manifests"
+
+    def free_bytes(self) -> int | None:
+        """Free space where the store is, or will be; None where that cannot be told."""
+        for folder in (self.root, *self.root.absolute().parents):
+            if folder.is_dir():
+                return shutil.disk_usage(folder).free
+        return None
 
     # -- blobs ---------------------------------------------------------------------------------
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class BadJson(ValueError):
@@ -19,14 +23,22 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _constant(text: str) -> Any:
+def _refused(text: str) -> Any:
     raise BadJson(f"{text} is not JSON")
 
 
-def parse(data: bytes) -> Any:
-    """The value of UTF-8 JSON `data`; raises BadJson."""
+def parse(data: bytes, *, constants: bool = False) -> Any:
+    """The value of UTF-8 JSON `data`; raises BadJson.
+
+    `constants` accepts NaN and Infinity, which Python's own writer produces and the configs of
+    published models hold.
+    """
     try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=_object, parse_constant=_constant)
+        return json.loads(
+            data.decode("utf-8"),
+            object_pairs_hook=_object,
+            parse_constant=float if constants else _refused,
+        )
     except UnicodeDecodeError as error:
         raise BadJson(f"invalid UTF-8 at byte {error.start}") from None
     except json.JSONDecodeError as error:
@@ -39,15 +51,20 @@ def parse(data: bytes) -> Any:
         raise BadJson("a number is too long") from None
 
 
-def parse_object(data: bytes) -> dict[str, Any]:
+def parse_object(data: bytes, *, constants: bool = False) -> dict[str, Any]:
     """Like `parse`, for a document that must be an object."""
-    value = parse(data)
+    value = parse(data, constants=constants)
     if not isinstance(value, dict):
         raise BadJson("the top level is not an object")
     return value
 
 
+def is_text(value: str) -> bool:
+    """Whether UTF-8 can hold this string: JSON may escape one half of a surrogate pair."""
+    return _SURROGATE.search(value) is None
+
+
 def canonical(value: Any) -> bytes:
     """Compact ASCII JSON with sorted keys: equal values give equal bytes."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return text.encode("ascii")

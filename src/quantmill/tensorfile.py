@@ -104,6 +104,8 @@ def _metadata(value: Any, file: str) -> dict[str, str]:
 def _entry(name: str, value: Any, base: int, file: str) -> TensorEntry:
     if not name:
         raise _bad(file, "a tensor has an empty name")
+    if not strictjson.is_text(name):
+        raise _bad(file, f"tensor name {name!r} is not Unicode text")
     if not isinstance(value, dict) or not _ENTRY_KEYS <= value.keys():
         missing = _ENTRY_KEYS - (value.keys() if isinstance(value, dict) else set())
         raise _bad(file, f"tensor {name!r} has no {', '.join(sorted(missing))}")
@@ -114,8 +116,8 @@ def _entry(name: str, value: Any, base: int, file: str) -> TensorEntry:
         raise _bad(file, f"tensor {name!r} has an invalid shape {_shown(shape)}")
     if not _counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise _bad(file, f"tensor {name!r} has invalid data_offsets {_shown(offsets)}")
-    size = math.prod(shape) * DTYPE_BYTES[dtype]
-    if size >= _MAX_BYTES:
+    size = _nbytes(shape, DTYPE_BYTES[dtype])
+    if size is None:
         raise _bad(file, f"tensor {name!r}: shape {_shown(shape)} overflows")
     start, end = offsets
     if end - start != size:
@@ -130,6 +132,16 @@ def _entry(name: str, value: Any, base: int, file: str) -> TensorEntry:
 def _counts(value: Any) -> bool:
     """Whether this is a list of non-negative 64-bit integers (JSON true is not one)."""
     return isinstance(value, list) and all(type(n) is int and 0 <= n < _MAX_BYTES for n in value)
+
+
+def _nbytes(shape: list[int], width: int) -> int | None:
+    """Bytes of a tensor, None when they overflow 64 bits; a long shape is not multiplied out."""
+    size = width
+    for n in shape:
+        size *= n
+        if size >= _MAX_BYTES:
+            return None
+    return size
 
 
 def _shown(value: Any) -> str:

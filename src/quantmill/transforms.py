@@ -15,7 +15,7 @@ import numpy as np
 from quantmill.errors import BadPlan, BadSource
 from quantmill.formats import FP8_E4M3_DTYPES
 from quantmill.packings import check_scalar_f32
-from quantmill.plan import (
+from quantmill.plans import (
     DECODE_FP8,
     DECODE_STACK_FP8,
     RECIPROCAL_F32,

@@ -1,0 +1,5 @@
+"""`python -m quantmill`."""
+
+from quantmill.cli import main
+
+main()

@@ -1,0 +1,203 @@
+"""Create: from a checkpoint directory to a model in the store. The whole flow on one page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from quantmill import mediatypes, modelconfig, strictjson
+from quantmill.checkpoint import Checkpoint, open_checkpoint
+from quantmill.classify import classify, refuse_quantized
+from quantmill.digests import Digest
+from quantmill.errors import BadPlan, BadSource, Corrupt, StoreError
+from quantmill.execute import Progress, Written, default_workers, recorded_options, write_blobs
+from quantmill.manifest import BlobRef, manifest_bytes, parse_manifest
+from quantmill.modelfile import Modelfile, decode_modelfile, parse_modelfile
+from quantmill.names import ModelName, parse_name
+from quantmill.plans import Options, Plan
+from quantmill.planner import make_plan
+from quantmill.source import Source
+from quantmill.store import Store
+from quantmill.version import __version__
+
+
+@dataclass(frozen=True, slots=True)
+class Created:
+    """What `create` wrote. `non_finite` pairs tensors with their count of NaN and infinities."""
+
+    name: ModelName
+    digest: Digest
+    plan: Plan
+    entries: int
+    new_blobs: int
+    size: int
+    non_finite: tuple[tuple[str, int], ...]
+
+
+def plan(
+    source: str | Path,
+    *,
+    quantize: str | None = None,
+    group_size: int | None = None,
+    options: Options | None = None,
+    follow_links: bool = False,
+) -> Plan:
+    """Everything that `create` would do with this checkpoint directory, and nothing done.
+
+    `quantize` names a format, None keeps source precision; `group_size` replaces the format's own.
+    Reads headers and small files only. Raises BadSource, BadRequest and BadPlan as `create` does.
+    """
+    with open_checkpoint(source, follow_links=follow_links) as checkpoint:
+        return plan_for(checkpoint.source, quantize, group_size, options)
+
+
+def plan_for(
+    source: Source,
+    quantize: str | None = None,
+    group_size: int | None = None,
+    options: Options | None = None,
+) -> Plan:
+    """The plan for a source whose headers are read already."""
+    kind = classify(source, quantize, group_size)
+    refuse_quantized(source)
+    return make_plan(source, kind, options, version=__version__)
+
+
+def create(
+    name: str | ModelName,
+    source: str | Path,
+    *,
+    store: Store | None = None,
+    quantize: str | None = None,
+    group_size: int | None = None,
+    options: Options | None = None,
+    modelfile: Modelfile | None = None,
+    workers: int | None = None,
+    follow_links: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+) -> Created:
+    """Import a checkpoint directory into the store under `name`, quantized on the way.
+
+    Decides everything first (see `plan`), streams tensors through at most `workers` threads, and
+    writes the manifest last: until then, and after any failure, the store shows what it showed
+    before. The same input gives the same manifest digest whatever `workers` is.
+
+    Raises BadName, BadRequest, BadSource, BadWeights (NaN or infinite weights), BadPlan and
+    StoreError; each names the file, tensor or name.
+    """
+    target = parse_name(name) if isinstance(name, str) else name
+    store = store or Store()
+    with open_checkpoint(source, follow_links=follow_links) as checkpoint:
+        found = checkpoint.source
+        decided = plan_for(found, quantize, group_size, options)
+        config = _config(decided, found, modelfile)
+        side_files = list(_side_files(checkpoint, decided))
+        with store.writing():
+            written = write_blobs(
+                decided, checkpoint, store, workers=workers or default_workers(), progress=progress
+            )
+            refs = [*written.refs, *_put_all(store, [*side_files, *_additions(modelfile)])]
+            config_ref = _put_all(store, [(mediatypes.CONFIG, None, config)])[0]
+            _check_present(store, [*refs, config_ref])
+            raw = manifest_bytes(config_ref, refs)
+            store.put_manifest(target, raw)
+    return _created(store, target, decided, raw, written)
+
+
+def _created(
+    store: Store, target: ModelName, decided: Plan, raw: bytes, written: Written
+) -> Created:
+    manifest = parse_manifest(raw, target.display)
+    return Created(
+        store.spelling(target), manifest.digest, decided, len(manifest.blobs), written.new_blobs,
+        manifest.total_size, tuple(written.non_finite.items()),
+    )  # fmt: skip
+
+
+def _config(decided: Plan, source: Source, modelfile: Modelfile | None) -> bytes:
+    if modelfile is not None and modelfile.draft:
+        raise BadPlan(
+            f"the Modelfile names a draft model ({modelfile.draft}), which cannot be imported",
+            kind="draft_unsupported",
+            hint="remove the DRAFT line",
+        )
+    how = modelconfig.serving(modelconfig.detect(source.texts), modelfile)
+    recorded = recorded_options(decided.options)
+    config = modelconfig.model_config(
+        decided.format.name if decided.format else "",
+        how,
+        base={"quantmill": recorded} if recorded else None,
+    )
+    return modelconfig.config_json(config)
+
+
+_Addition = tuple[str, str | None, bytes]
+
+
+def _side_files(checkpoint: Checkpoint, decided: Plan) -> Iterable[_Addition]:
+    """Kept files: JSON ones first, as Ollama orders them, each checked to be JSON."""
+    kept = [f for f in decided.files if f.media_type]
+    for file in sorted(kept, key=lambda f: (f.media_type != mediatypes.JSON, f.name)):
+        data = checkpoint.read_file(file.name)
+        if file.media_type == mediatypes.JSON:
+            try:
+                strictjson.parse(data, constants=True)
+            except strictjson.BadJson as error:
+                raise BadSource(f"{file.name}: {error}", kind="bad_json") from None
+        yield str(file.media_type), file.name, data
+
+
+def _additions(modelfile: Modelfile | None) -> Iterable[_Addition]:
+    for media_type, data in modelconfig.extra_layers(modelfile) if modelfile else ():
+        yield media_type, None, data
+
+
+def _put_all(store: Store, additions: Iterable[_Addition]) -> list[BlobRef]:
+    refs, pending = [], []
+    try:
+        for media_type, name, data in additions:
+            with store.new_blob() as writer:
+                writer.write(data)
+                pending.append(writer.finish())
+            refs.append(BlobRef(media_type, pending[-1].digest, len(data), name))
+        store.commit(pending)
+    except BaseException:
+        store.discard(pending)
+        raise
+    return refs
+
+
+def _check_present(store: Store, refs: Iterable[BlobRef]) -> None:
+    """Nothing that the manifest will name may have been collected since it was written."""
+    for ref in refs:
+        try:
+            size = store.blob_size(ref.digest)
+        except StoreError as error:
+            raise _vanished(ref) from error
+        if size != ref.size:
+            raise _vanished(ref)
+
+
+def _vanished(ref: BlobRef) -> Corrupt:
+    return Corrupt(
+        f"blob {ref.digest.short} ({ref.name or ref.media_type}) is gone or changed",
+        kind="blob_missing",
+        hint="another program pruned the store meanwhile; run the command again",
+    )
+
+
+def read_modelfile(path: str | Path) -> tuple[Modelfile, Path]:
+    """A Modelfile and the checkpoint directory its FROM line means.
+
+    A relative FROM is looked up beside the Modelfile, then in the current directory. Raises
+    BadModelfile, or BadSource when the file cannot be read.
+    """
+    file = Path(path)
+    try:
+        text = decode_modelfile(file.read_bytes())
+    except OSError as error:
+        raise BadSource(f"{file}: {error.strerror}", kind="modelfile_unreadable") from None
+    parsed = parse_modelfile(text)
+    beside = file.parent / parsed.source
+    return parsed, beside if beside.exists() else Path(parsed.source)

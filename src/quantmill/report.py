@@ -1,0 +1,375 @@
+"""Plans, models and findings as JSON values (docs/cli.md gives their shapes) and as text lines."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # values only: a report needs none of the machinery that makes them
+    from quantmill.creation import Created
+    from quantmill.errors import QuantmillError
+    from quantmill.facts import FormatShare, Listed, ModelFacts
+    from quantmill.formats import Format
+    from quantmill.plans import Plan, TensorSpec
+    from quantmill.pruning import PrunePlan, Removed
+    from quantmill.store import BlobFile
+    from quantmill.stored import StoredTensor
+    from quantmill.verification import Verified
+
+Row = tuple[str, ...]
+
+
+def bytes_text(count: float) -> str:
+    """A byte count for people, in units of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def shape_text(shape: Sequence[int]) -> str:
+    """A shape for people: 4096 x 1024."""
+    return " x ".join(map(str, shape)) or "scalar"
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def error_json(error: QuantmillError) -> dict[str, Any]:
+    """The error object that `--json` commands print on stderr."""
+    return {
+        "error": {
+            "kind": error.kind,
+            "message": error.message,
+            "hint": error.hint,
+            "exit_code": error.exit_code,
+        }
+    }
+
+
+def _format_json(fmt: Format | None) -> dict[str, Any] | None:
+    if fmt is None:
+        return None
+    return {"name": fmt.name, "mode": fmt.mode, "bits": fmt.bits, "group_size": fmt.group_size}
+
+
+# -- plan ----------------------------------------------------------------------------------------
+
+
+def plan_json(plan: Plan, free_bytes: int | None = None) -> dict[str, Any]:
+    """Totals for programs, one object per tensor, and under `plan` the whole plan."""
+    from quantmill.plans import plan_to_json
+
+    return {
+        "source_bytes": plan.source_bytes,
+        "stored_bytes": plan.blob_bytes,
+        "needed_bytes": plan.needed_bytes,
+        "free_bytes": free_bytes,
+        "bits_per_weight": round(plan.bits_per_weight, 4),
+        "tensors": [_spec_json(spec) for spec in plan.tensors],
+        "plan": plan_to_json(plan),
+    }
+
+
+def _spec_json(spec: TensorSpec) -> dict[str, Any]:
+    return {
+        "name": spec.name,
+        "sources": len(spec.sources),
+        "transform": spec.transform,
+        "dtype": spec.dtype,
+        "shape": list(spec.shape),
+        "format": _format_json(spec.format),
+        "rule": spec.rule,
+        "reason": spec.reason,
+        "stored_bytes": spec.nbytes,
+    }
+
+
+PLAN_COLUMNS: Row = ("tensor", "shape", "dtype", "becomes", "bytes", "why")
+
+
+def plan_rows(plan: Plan) -> list[Row]:
+    """One row for each tensor, as PLAN_COLUMNS names them."""
+    return [
+        (
+            spec.name,
+            shape_text(spec.shape),
+            spec.dtype,
+            spec.format.label if spec.format else "keep",
+            bytes_text(spec.nbytes),
+            spec.reason + (f"; {len(spec.sources)} stacked" if len(spec.sources) > 1 else ""),
+        )
+        for spec in plan.tensors
+    ]
+
+
+def plan_summary(plan: Plan, free_bytes: int | None = None) -> list[str]:
+    """What the plan comes to."""
+    counts = Counter(spec.format.label if spec.format else "keep" for spec in plan.tensors)
+    parts = ", ".join(f"{n} {label}" for label, n in sorted(counts.items(), key=lambda c: -c[1]))
+    lines = [
+        f"{_plural(len(plan.tensors), 'tensor')} ({parts}); policy {plan.policy}",
+        f"{bytes_text(plan.source_bytes)} -> {bytes_text(plan.blob_bytes)}, "
+        f"{plan.bits_per_weight:.2f} bits per weight",
+        f"disk space needed: {bytes_text(plan.needed_bytes)}"
+        + (f", free: {bytes_text(free_bytes)}" if free_bytes is not None else ""),
+    ]
+    lines += [f"left out: tensor {d.name} ({d.reason})" for d in plan.dropped]
+    lines += [f"left out: file {f.name} ({f.reason})" for f in plan.files if not f.media_type]
+    return lines
+
+
+# -- create --------------------------------------------------------------------------------------
+
+
+def created_json(created: Created) -> dict[str, Any]:
+    """The result of `create`."""
+    plan = created.plan
+    return {
+        "name": created.name.display,
+        "digest": str(created.digest),
+        "size": created.size,
+        "entries": created.entries,
+        "new_blobs": created.new_blobs,
+        "tensors": len(plan.tensors),
+        "source_bytes": plan.source_bytes,
+        "stored_bytes": plan.blob_bytes,
+        "bits_per_weight": round(plan.bits_per_weight, 4),
+        "format": plan.format.name if plan.format else None,
+        "policy": plan.policy,
+        "left_out": [f.name for f in plan.files if not f.media_type],
+        "dropped_tensors": [d.name for d in plan.dropped],
+        "non_finite": dict(created.non_finite),
+    }
+
+
+def created_lines(created: Created, seconds: float) -> list[str]:
+    """The result of `create` for people."""
+    plan = created.plan
+    fmt = plan.format.label if plan.format else "source precision"
+    rate = f", {bytes_text(plan.source_bytes / seconds)}/s" if seconds > 0.5 else ""
+    return [
+        f"created {created.name.display} ({fmt}): {_plural(len(plan.tensors), 'tensor')}, "
+        f"{bytes_text(plan.source_bytes)} -> {bytes_text(plan.blob_bytes)}, "
+        f"{plan.bits_per_weight:.2f} bits per weight, {seconds:.1f} s{rate}",
+        f"{_plural(created.entries, 'entry').replace('entrys', 'entries')}, "
+        f"{created.new_blobs} new tensor blobs, manifest {created.digest.short}",
+    ]
+
+
+def created_warnings(created: Created) -> list[str]:
+    """What a user should know about a `create` that went through."""
+    lines = [
+        f"tensor {name!r} holds {count} NaN or infinite values, quantized as asked"
+        for name, count in created.non_finite
+    ]
+    plan = created.plan
+    lines += [f"left out: tensor {d.name} ({d.reason})" for d in plan.dropped]
+    lines += [f"left out: file {f.name} ({f.reason})" for f in plan.files if not f.media_type]
+    return lines
+
+
+# -- list and show ---------------------------------------------------------------------------------
+
+LIST_COLUMNS: Row = ("name", "id", "size", "format", "modified")
+
+
+def list_json(models: Iterable[Listed]) -> list[dict[str, Any]]:
+    """The result of `list`."""
+    return [
+        {
+            "name": m.name.display,
+            "digest": f"sha256:{m.digest}" if m.digest else None,
+            "size": m.size,
+            "format": m.format or None,
+            "modified": m.modified.isoformat(timespec="seconds"),
+            "problem": m.problem,
+        }
+        for m in models
+    ]
+
+
+def list_rows(models: Iterable[Listed]) -> list[Row]:
+    """One row for each model, as LIST_COLUMNS names them."""
+    return [
+        (
+            m.name.display,
+            m.digest[:12] or "unreadable",
+            bytes_text(m.size),
+            m.format or "-",
+            f"{m.modified.astimezone():%Y-%m-%d %H:%M}",
+        )
+        for m in models
+    ]
+
+
+def show_json(facts: ModelFacts, *, tensors: bool) -> dict[str, Any]:
+    """The result of `show`; `tensors` adds one object per tensor."""
+    found = {
+        "name": facts.name.display,
+        "digest": f"sha256:{facts.digest}",
+        "size": facts.size,
+        "modified": facts.modified.isoformat(timespec="seconds"),
+        "format": facts.format or None,
+        "weights": facts.weights,
+        "bits_per_weight": round(facts.bits_per_weight, 4),
+        "capabilities": list(facts.capabilities),
+        "parser": facts.parser or None,
+        "renderer": facts.renderer or None,
+        "requires": facts.requires or None,
+        "recorded": dict(facts.recorded),
+        "info": dict(facts.info),
+        "formats": [_share_json(share) for share in facts.shares],
+        "files": [{"name": name, "size": size} for name, size in facts.files],
+    }
+    return found | ({"tensors": [_tensor_json(t) for t in facts.tensors]} if tensors else {})
+
+
+def _share_json(share: FormatShare) -> dict[str, Any]:
+    return {
+        "label": share.label,
+        "tensors": share.tensors,
+        "weights": share.weights,
+        "bytes": share.nbytes,
+    }
+
+
+def _tensor_json(tensor: StoredTensor) -> dict[str, Any]:
+    return {
+        "name": tensor.name,
+        "dtype": tensor.dtype,
+        "shape": list(tensor.shape),
+        "format": _format_json(tensor.format),
+        "bytes": tensor.nbytes,
+    }
+
+
+TENSOR_COLUMNS: Row = ("tensor", "format", "group size", "shape", "bytes")
+
+
+def tensor_rows(facts: ModelFacts) -> list[Row]:
+    """One row for each tensor, as TENSOR_COLUMNS names them."""
+    return [
+        (
+            t.name,
+            t.format.name if t.format else t.dtype,
+            str(t.format.group_size) if t.format else "-",
+            shape_text(t.shape),
+            bytes_text(t.nbytes),
+        )
+        for t in facts.tensors
+    ]
+
+
+def show_rows(facts: ModelFacts) -> list[Row]:
+    """The summary as pairs of label and text."""
+    rows = [
+        ("name", facts.name.display),
+        ("digest", f"sha256:{facts.digest}"),
+        ("size", bytes_text(facts.size)),
+        ("modified", f"{facts.modified.astimezone():%Y-%m-%d %H:%M}"),
+        ("format", facts.format or "source precision"),
+        ("weights", f"{facts.weights:,}"),
+        ("bits per weight", f"{facts.bits_per_weight:.2f}"),
+        ("capabilities", ", ".join(facts.capabilities)),
+        ("parser", facts.parser),
+        ("renderer", facts.renderer),
+        ("needs Ollama", facts.requires),
+        *((f"recorded {key}", str(value)) for key, value in facts.recorded.items()),
+        *((key, str(value)) for key, value in facts.info.items()),
+    ]
+    rows += [
+        (
+            f"in {share.label}",
+            f"{_plural(share.tensors, 'tensor')}, {share.weights:,} weights, "
+            f"{bytes_text(share.nbytes)}",
+        )
+        for share in facts.shares
+    ]
+    rows.append(("files", ", ".join(name for name, _ in facts.files)))
+    return [row for row in rows if row[1]]
+
+
+# -- verify, rm, prune -----------------------------------------------------------------------------
+
+
+def verified_json(found: Verified) -> dict[str, Any]:
+    """The result of `verify`."""
+    return {
+        "ok": not found.damage,
+        "models": found.models,
+        "blobs": found.blobs,
+        "bytes": found.nbytes,
+        "damage": [
+            {
+                "kind": d.kind,
+                "message": d.message,
+                "digest": str(d.digest) if d.digest else None,
+                "models": list(d.models),
+            }
+            for d in found.damage
+        ],
+    }
+
+
+def verified_lines(found: Verified) -> list[str]:
+    """The result of `verify` for people."""
+    lines = []
+    for d in found.damage:
+        hurt = f"hurts {', '.join(d.models)}" if d.models else "no model uses it"
+        lines.append(f"damaged: {d.message} ({hurt})")
+    state = "all good" if not found.damage else f"{len(found.damage)} damaged"
+    checked = f"{_plural(found.models, 'model')}, {_plural(found.blobs, 'blob')}"
+    return [*lines, f"checked {checked}, {bytes_text(found.nbytes)}: {state}"]
+
+
+def removed_json(removed: Removed) -> dict[str, Any]:
+    """The result of `rm`."""
+    return {
+        "removed": [n.display for n in removed.names],
+        "blobs": removed.blobs,
+        "bytes": removed.nbytes,
+        "left_for_prune": removed.left,
+    }
+
+
+def removed_lines(removed: Removed) -> list[str]:
+    """The result of `rm` for people."""
+    lines = [f"removed {name.display}" for name in removed.names]
+    if removed.left:
+        return [*lines, f"{_plural(removed.left, 'blob')} left for `quantmill prune`"]
+    return [*lines, f"{_plural(removed.blobs, 'blob')}, {bytes_text(removed.nbytes)} freed"]
+
+
+def prune_json(plan: PrunePlan, *, dry_run: bool) -> dict[str, Any]:
+    """The result of `prune`."""
+    return {
+        "dry_run": dry_run,
+        "blobs": [_file_json(f) for f in plan.blobs],
+        "leftovers": [_file_json(f) for f in plan.leftovers],
+        "bytes": plan.nbytes,
+        "too_young": plan.young,
+    }
+
+
+def _file_json(file: BlobFile) -> dict[str, Any]:
+    return {"file": file.path.name, "size": file.size}
+
+
+def prune_lines(plan: PrunePlan, *, dry_run: bool) -> list[str]:
+    """The result of `prune` for people."""
+    verb = "would remove" if dry_run else "removed"
+    lines = [f"{verb} {f.path.name} ({bytes_text(f.size)})" for f in (*plan.blobs, *plan.leftovers)]
+    lines.append(
+        f"{verb} {_plural(len(plan.blobs), 'blob')} and "
+        f"{_plural(len(plan.leftovers), 'temporary file')}, {bytes_text(plan.nbytes)}"
+    )
+    if plan.young:
+        lines.append(
+            f"{_plural(plan.young, 'unreferenced file')} younger than the age limit kept; "
+            "--older-than 0 removes them too"
+        )
+    return lines

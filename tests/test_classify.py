@@ -1,0 +1,94 @@
+"""The kind of a checkpoint: the peers' vectors, and real checkpoints' inventories."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from typing import Any
+
+import pytest
+
+from departures import DEPARTURES
+from quantmill.classify import Kind, classify, refuse_quantized
+from quantmill.errors import BadSource, QuantmillError
+from quantmill.formats import INT4
+from sources import source_of, vector_source
+from vectors import DATA, cases
+
+
+def classified(case: dict[str, Any]) -> Kind:
+    return classify(vector_source(case["input"]), case["input"]["requested"])
+
+
+@cases("classify", "classify")
+def test_kinds_equal_the_vectors(case: dict[str, Any]) -> None:
+    """Kind and shared format are those of the reference, or the same refusal with its words."""
+    expect = case["expect"]
+    if "error" in expect:
+        with pytest.raises(QuantmillError) as caught:
+            classified(case)
+        assert caught.value.kind == expect["error"]["kind"]
+        assert all(word in caught.value.message for word in expect["error"].get("mentions", []))
+        return
+    kind = classified(case)
+    assert kind.name == expect["kind"]
+    assert (kind.format.name if kind.format else None) == expect["quantize"]
+
+
+@cases("classify", "classify", odd=True)
+def test_a_missing_mode_means_affine(case: dict[str, Any]) -> None:
+    """A quantization entry with bits and no mode is affine, which departs from the reference."""
+    assert case["id"] in DEPARTURES
+    assert classified(case) == Kind(case["expect"]["kind"], INT4)
+
+
+# -- real checkpoints ------------------------------------------------------------------------------
+
+PLAIN = (
+    "hf-gemma3-bf16",
+    "hf-llama-bf16",
+    "hf-llama-bf16-sharded",
+    "hf-llama-f16",
+    "hf-llama-f32",
+    "hf-qwen3-moe-bf16",
+    "hf-qwen3-tied-bf16",
+    "hf-qwen3_5-moe-bf16",
+)
+
+
+@cache
+def inventories() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((DATA / "inventories.json").read_text(encoding="utf-8"))
+    return found
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_float_checkpoints_are_accepted(name: str) -> None:
+    """A checkpoint as transformers saves it, unquantized, is not refused."""
+    refuse_quantized(vector_source(inventories()[name]))
+
+
+@pytest.mark.parametrize("name", sorted(inventories().keys() - set(PLAIN)))
+def test_quantized_checkpoints_are_refused(name: str) -> None:
+    """Whatever tool quantized a checkpoint, it is refused and one of its tensors is named."""
+    document = inventories()[name]
+    with pytest.raises(BadSource) as caught:
+        refuse_quantized(vector_source(document))
+    assert caught.value.kind == "unsupported_source"
+    assert any(repr(tensor) in caught.value.message for tensor in document["tensors"])
+
+
+@pytest.mark.parametrize("dtype", ["U8", "I8", "I32", "F8_E4M3"])
+def test_integer_matrices_are_refused_without_any_sign(dtype: str) -> None:
+    """A weight matrix of codes is refused even if nothing beside it or in its name says so."""
+    source = source_of({"norm.weight": ("BF16", (64,)), "proj.weight": (dtype, (64, 64))})
+    with pytest.raises(BadSource, match="'proj.weight'"):
+        refuse_quantized(source)
+
+
+@pytest.mark.parametrize("bits", ["4", 4.0, True, [4]])
+def test_widths_of_the_wrong_type_are_refused(bits: Any) -> None:
+    """A config whose bits are not an integer is refused, naming the field."""
+    source = source_of({"w.weight": ("BF16", (64, 64))}, {"quantization_config": {"bits": bits}})
+    with pytest.raises(BadSource, match=r"quantization_config\.bits"):
+        classify(source, None)
