@@ -1,4 +1,4 @@
-"""Vectors that quantmill answers differently from the reference, on purpose: case id → what and why."""
+"""Vectors that quantmill answers differently on purpose: case id → what it does and why."""
 
 from __future__ import annotations
 

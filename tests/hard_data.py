@@ -10,9 +10,9 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
+
 from reference import E2M1, E4M3, NUMPY
 
 Array = npt.NDArray[Any]
@@ -23,6 +23,7 @@ WIDTH = 128
 
 _BITS = {"BF16": np.uint16, "F16": np.uint16, "F32": np.uint32}
 _MANTISSA = {"BF16": 7, "F16": 10, "F32": 23}
+_LEAST_POWER = {"BF16": -133, "F16": -24, "F32": -149}
 _INFINITY = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}
 _SIGN = {"BF16": 0x8000, "F16": 0x8000, "F32": 0x80000000}
 
@@ -35,9 +36,9 @@ def hard_data(name: str, dtype: str) -> Array:
 @cache
 def _hard_data(name: str, dtype: str) -> Array:
     rng = np.random.default_rng(zlib.crc32(f"{name}/{dtype}".encode()))
-    values = _SETS[name](rng, dtype).reshape(-1)
-    short = -values.size % WIDTH
-    values = np.concatenate([values, values[:short]]).reshape(-1, WIDTH)
+    flat = _SETS[name](rng, dtype).reshape(-1)
+    short = -flat.size % WIDTH
+    values: Array = np.concatenate([flat, flat[:short]]).reshape(-1, WIDTH)
     assert np.isfinite(values.astype(np.float32)).all()
     return values
 
@@ -47,7 +48,7 @@ def _hard_data(name: str, dtype: str) -> Array:
 
 def _cast(values: Array, dtype: str) -> Array:
     """Values in `dtype`; those too large become the largest finite ones."""
-    limit = float(ml_dtypes.finfo(NUMPY[dtype]).max)
+    limit = float(_from_bits(np.array([_INFINITY[dtype] - 1]), dtype)[0])
     return np.clip(values.astype(np.float64), -limit, limit).astype(NUMPY[dtype])
 
 
@@ -64,8 +65,8 @@ def _neighbours(values: Array, dtype: str, reach: int) -> Array:
 
 def _powers(dtype: str) -> Array:
     """Every power of two of `dtype`, denormal ones included."""
-    info = ml_dtypes.finfo(NUMPY[dtype])
-    return np.exp2(np.arange(info.minexp - _MANTISSA[dtype], info.maxexp, dtype=np.float64))
+    above = 16 if dtype == "F16" else 128
+    return np.exp2(np.arange(_LEAST_POWER[dtype], above, dtype=np.float64))
 
 
 def _with_maxima(rng: Rng, dtype: str, maxima: Array) -> Array:
@@ -81,8 +82,8 @@ def _with_maxima(rng: Rng, dtype: str, maxima: Array) -> Array:
 
 def _with_companion(values: Array, maximum: float, dtype: str) -> Array:
     """Groups of 16 that begin with `maximum` and hold these values and their negatives."""
-    both = np.stack([values, -values], axis=-1).reshape(-1)
-    both = np.concatenate([both, both[: -both.size % 15]]).reshape(-1, 15)
+    flat = np.stack([values, -values], axis=-1).reshape(-1)
+    both = np.concatenate([flat, flat[: -flat.size % 15]]).reshape(-1, 15)
     first = np.full((len(both), 1), maximum).astype(NUMPY[dtype])
     return np.concatenate([first, both.astype(NUMPY[dtype])], axis=1)
 

@@ -18,8 +18,8 @@ Array = npt.NDArray[Any]
 NUMPY = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32}
 """Dtype tag of a tensor file → numpy dtype."""
 
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-E2M1 += tuple(-value for value in E2M1)
+_POSITIVE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+E2M1 = (*_POSITIVE, *(-value for value in _POSITIVE))
 """Value of each fp4 code."""
 
 LARGEST = {"nvfp4": 6.0, "mxfp4": 6.0, "mxfp8": 448.0}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import cache
 from typing import Any
 
@@ -78,11 +79,21 @@ def test_quantized_checkpoints_are_refused(name: str) -> None:
     assert any(repr(tensor) in caught.value.message for tensor in document["tensors"])
 
 
+@pytest.mark.parametrize(
+    "name", ["proj.qweight", "proj.weight.absmax", "experts.up_proj_blocks", "proj.weight_scale"]
+)
+def test_telling_names_are_refused(name: str) -> None:
+    """A tensor that only a quantizer writes is refused by its name."""
+    source = source_of({"norm.weight": ("BF16", (64,)), name: ("F32", (64, 8))})
+    with pytest.raises(BadSource, match=re.escape(repr(name))):
+        refuse_quantized(source)
+
+
 @pytest.mark.parametrize("dtype", ["U8", "I8", "I32", "F8_E4M3"])
 def test_integer_matrices_are_refused_without_any_sign(dtype: str) -> None:
     """A weight matrix of codes is refused even if nothing beside it or in its name says so."""
     source = source_of({"norm.weight": ("BF16", (64,)), "proj.weight": (dtype, (64, 64))})
-    with pytest.raises(BadSource, match="'proj.weight'"):
+    with pytest.raises(BadSource, match=r"'proj\.weight'"):
         refuse_quantized(source)
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from vectors import cases
 
 from quantmill.errors import BadSource
 from quantmill.experts import (
@@ -18,6 +17,7 @@ from quantmill.experts import (
     layer_index,
     parse_expert,
 )
+from vectors import cases
 
 
 @cases("expert_group", "expert")

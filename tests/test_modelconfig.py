@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vectors import cases
 
 from quantmill import checkpoint, mediatypes
 from quantmill.errors import BadRequest, BadSource, QuantmillError
@@ -27,6 +26,7 @@ from quantmill.modelconfig import (
 )
 from quantmill.modelfile import Modelfile, parse_modelfile
 from quantmill.names import parse_name
+from vectors import cases
 
 
 def detect_config(**config: Any) -> Traits:

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from vectors import cases
 
 from quantmill.errors import BadModelfile
 from quantmill.modelfile import (
@@ -22,6 +21,7 @@ from quantmill.modelfile import (
     parse_modelfile,
     version_key,
 )
+from vectors import cases
 
 COMMANDS = (
     "FROM", "DRAFT", "TEMPLATE", "SYSTEM", "LICENSE", "PARAMETER", "PARSER", "RENDERER",

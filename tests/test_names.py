@@ -68,6 +68,13 @@ def test_paths_give_names(case: dict[str, Any]) -> None:
         assert written(name_from_path(path)) == expected | {"scheme": None}
 
 
+@pytest.mark.parametrize("path", ["n/m/t", "h/n/m/t/x", "/h/n/m/t", "h/n//t", ""])
+def test_paths_of_another_depth_are_refused(path: str) -> None:
+    """A path is a name's at a depth of four only."""
+    with pytest.raises(BadName):
+        name_from_path(path)
+
+
 @cases("model_name", "equal")
 def test_equal_names_have_equal_keys(case: dict[str, Any]) -> None:
     """Two spellings of one name have the same key."""

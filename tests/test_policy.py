@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from vectors import cases, suite
 
 from quantmill.errors import BadRequest, BadSource
 from quantmill.formats import (
@@ -37,6 +36,7 @@ from quantmill.policy import (
     select_policy,
     use_more_bits,
 )
+from vectors import cases, suite
 
 FLOAT_FORMATS = [NVFP4, MXFP4, MXFP8]
 FORMATS = [Format("affine", b, g) for b in AFFINE_BITS for g in AFFINE_GROUPS] + FLOAT_FORMATS

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from quantmill.errors import BadPlan, QuantmillError
-from quantmill.plan import DECODE_FP8, DECODE_STACK_FP8
+from quantmill.plans import DECODE_FP8, DECODE_STACK_FP8
 from quantmill.transforms import Part, apply
 from vectors import cases
 

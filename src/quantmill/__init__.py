@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from quantmill.formats import Format, parse_format
     from quantmill.modelfile import parse_modelfile
     from quantmill.names import ModelName, parse_name
-    from quantmill.plans import Options, Plan, plan_from_json, plan_to_json
     from quantmill.planner import parse_override
+    from quantmill.plans import Options, Plan, plan_from_json, plan_to_json
     from quantmill.pruning import copy, plan_prune, prune, remove
     from quantmill.store import Store
     from quantmill.verification import verify

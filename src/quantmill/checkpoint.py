@@ -66,7 +66,7 @@ class Checkpoint:
             os.close(self._files.popitem()[1].fd)
 
     def read_into(self, tensor: SourceTensor, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` with the tensor's bytes from `offset` on; raises BadSource on a short read."""
+        """Fill `buffer` with the tensor's bytes from `offset` on; raises BadSource if they end."""
         opened, done = self._files[tensor.file], 0
         while done < len(buffer):
             count = os.preadv(opened.fd, [buffer[done:]], tensor.start + offset + done)
@@ -88,7 +88,7 @@ class Checkpoint:
             if (now.st_size, now.st_mtime_ns) != (opened.size, opened.mtime_ns):
                 raise _changed(name)
 
-    # -- opening -------------------------------------------------------------------------------
+    # -- opening -----------------------------------------------------------------------------------
 
     def _open(self, name: str) -> _OpenFile:
         if name in self._files:
@@ -112,7 +112,7 @@ class Checkpoint:
         except strictjson.BadJson as error:
             raise BadSource(f"{name}: {error}", kind=kind) from None
 
-    # -- inventory (docs/sources.md) -------------------------------------------------------------
+    # -- inventory (docs/sources.md) ---------------------------------------------------------------
 
     def _inventory(self) -> Source:
         names = _list(self.path)
@@ -187,7 +187,7 @@ class Checkpoint:
             yield SourceTensor(entry.name, entry.dtype, entry.shape, shard, entry.start)
 
     def _side_files(self, names: Mapping[str, int], shards: set[str]) -> Iterator[SourceFile]:
-        for name, size in sorted((names | _module_configs(self.path, names)).items()):
+        for name, size in sorted({**names, **_module_configs(self.path, names)}.items()):
             if name in shards or name == INDEX:
                 continue
             media_type, reason = _role(name)
@@ -216,9 +216,8 @@ def open_checkpoint(path: str | Path, *, follow_links: bool = False) -> Checkpoi
 def is_model_dir(path: str | Path) -> bool:
     """Whether the directory has a config.json and at least one .safetensors file."""
     folder = Path(path)
-    return (folder / CONFIG).is_file() and any(
-        entry.name.endswith(SUFFIX) for entry in os.scandir(folder)
-    )
+    with os.scandir(folder) as entries:
+        return (folder / CONFIG).is_file() and any(e.name.endswith(SUFFIX) for e in entries)
 
 
 def _list(folder: Path) -> dict[str, int]:

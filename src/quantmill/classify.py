@@ -188,7 +188,7 @@ def _check_block_size(config: Mapping[str, Any]) -> None:
         )
 
 
-# -- schemes that are recognised and not imported yet ------------------------------------------------
+# -- schemes that are recognised and not imported yet ----------------------------------------------
 
 # Name endings that give a scheme away. Order matters: the first that fits names the scheme.
 _ENDINGS: tuple[tuple[str, str], ...] = (

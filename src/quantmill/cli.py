@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -36,7 +36,7 @@ app = typer.Typer(
 )
 
 
-class Rounding(str, Enum):
+class Rounding(StrEnum):
     """How mx exponents are rounded."""
 
     CEIL = "ceil"
@@ -136,22 +136,30 @@ def _name(text: str) -> ModelName:
 # -- output ----------------------------------------------------------------------------------------
 
 
-def _print_json(document: Any) -> None:
-    print(json.dumps(document, indent=2))
+class _ReaderGone(BaseException):
+    """Whoever read stdout has seen enough."""
 
 
 def _print_lines(lines: Sequence[str]) -> None:
-    for line in lines:
-        print(line)
+    try:
+        print("\n".join(lines), flush=True)
+    except BrokenPipeError:
+        # what is still buffered must not be flushed into the closed pipe at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise _ReaderGone from None
+
+
+def _print_json(document: Any) -> None:
+    _print_lines([json.dumps(document, indent=2)])
 
 
 def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Aligned columns; the last one is not padded, so that nothing is cut or folded."""
     cells = [[c.upper() for c in columns], *rows]
     widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
-    for row in cells:
-        padded = [text.ljust(width) for text, width in zip(row, widths, strict=True)]
-        print("  ".join(padded).rstrip())
+    _print_lines(
+        ["  ".join(t.ljust(w) for t, w in zip(row, widths, strict=True)).rstrip() for row in cells]
+    )
 
 
 def _warn(lines: Sequence[str]) -> None:
@@ -291,8 +299,7 @@ def plan(
         _print_json(report.plan_json(planned, free))
         return
     _print_table(report.PLAN_COLUMNS, report.plan_rows(planned))
-    print()
-    _print_lines(report.plan_summary(planned, free))
+    _print_lines(["", *report.plan_summary(planned, free)])
 
 
 def _list(store: StoreOption = None, json_output: JsonOption = False) -> None:
@@ -331,7 +338,7 @@ def show(
     width = max(len(label) for label, _ in rows)
     _print_lines([f"{label.ljust(width)}  {text}" for label, text in rows])
     if tensors:
-        print()
+        _print_lines([""])
         _print_table(report.TENSOR_COLUMNS, report.tensor_rows(found))
 
 
@@ -374,7 +381,7 @@ def copy(
     if json_output:
         _print_json({"source": old.display, "target": new.display})
     else:
-        print(f"copied {old.display} to {new.display}")
+        _print_lines([f"copied {old.display} to {new.display}"])
 
 
 @app.command("rm")
@@ -415,7 +422,7 @@ def prune(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        print(f"quantmill {__version__}")
+        _print_lines([f"quantmill {__version__}"])
         raise typer.Exit
 
 
@@ -463,8 +470,7 @@ def run(arguments: Sequence[str]) -> int:
         return usage.exit_code
     except _Terminated:
         return _stopped("terminated", EXIT_TERMINATED, as_json=as_json)
-    except BrokenPipeError:  # the reader has seen enough: not an error
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except _ReaderGone:
         return 0
     return result if isinstance(result, int) else 0
 

@@ -12,11 +12,12 @@ from quantmill.classify import classify, refuse_quantized
 from quantmill.digests import Digest
 from quantmill.errors import BadPlan, BadSource, Corrupt, StoreError
 from quantmill.execute import Progress, Written, default_workers, recorded_options, write_blobs
+from quantmill.formats import parse_request
 from quantmill.manifest import BlobRef, manifest_bytes, parse_manifest
 from quantmill.modelfile import Modelfile, decode_modelfile, parse_modelfile
 from quantmill.names import ModelName, parse_name
-from quantmill.plans import Options, Plan
 from quantmill.planner import make_plan
+from quantmill.plans import Options, Plan
 from quantmill.source import Source
 from quantmill.store import Store
 from quantmill.version import __version__
@@ -48,6 +49,7 @@ def plan(
     `quantize` names a format, None keeps source precision; `group_size` replaces the format's own.
     Reads headers and small files only. Raises BadSource, BadRequest and BadPlan as `create` does.
     """
+    parse_request(quantize, group_size)  # a wrong word is told before anything is opened
     with open_checkpoint(source, follow_links=follow_links) as checkpoint:
         return plan_for(checkpoint.source, quantize, group_size, options)
 
@@ -88,6 +90,7 @@ def create(
     """
     target = parse_name(name) if isinstance(name, str) else name
     store = store or Store()
+    parse_request(quantize, group_size)
     with open_checkpoint(source, follow_links=follow_links) as checkpoint:
         found = checkpoint.source
         decided = plan_for(found, quantize, group_size, options)

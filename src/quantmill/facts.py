@@ -22,7 +22,7 @@ MODEL_INDEX = "model_index.json"
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """One line of `list`. `problem` is set, and the rest unknown, when the manifest is unreadable."""
+    """One line of `list`. `problem` says why the manifest is unreadable; the rest is then empty."""
 
     name: ModelName
     digest: str
@@ -44,7 +44,7 @@ class FormatShare:
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What `show` tells. `info` has Ollama's key names; `bits_per_weight` counts all tensor data."""
+    """What `show` tells. `info` has Ollama's keys; `bits_per_weight` counts all tensor data."""
 
     name: ModelName
     digest: str
@@ -158,7 +158,7 @@ def read_json(store: Store, manifest: Manifest, name: str) -> Any:
         raise Corrupt(f"{name}: {error}", kind="bad_json") from None
 
 
-# -- info maps, with the keys and rules of the peers ---------------------------------------------------
+# -- info maps, with the keys and rules of the peers -----------------------------------------------
 
 _BYTES_BY_DTYPE = {"float32": 4, "float16": 2, "bfloat16": 2}
 _BLOB_OVERHEAD = 150  # what Ollama takes for a blob's header when it has only sizes to go by

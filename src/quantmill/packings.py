@@ -154,7 +154,7 @@ def _packed_metadata(packing: Packing, recorded: Mapping[str, str]) -> dict[str,
     return {"quant_type": "nvfp4"} | ({"group_size": group} if group else {})
 
 
-# -- block FP8 ---------------------------------------------------------------------------------------
+# -- block FP8 -------------------------------------------------------------------------------------
 
 
 def plan_block_fp8(source: Source, policy: Policy) -> list[BlobSpec]:
@@ -230,7 +230,7 @@ def _plain_stack(
                 (count, *first.shape),
                 None,
                 *_PASSED,
-            )  # fmt: skip
+            )
         )
     return specs
 
@@ -258,7 +258,7 @@ def _fp8_stack(
                 decision.format,
                 decision.rule,
                 f"FP8 decoded; {decision.reason}",
-            )  # fmt: skip
+            )
         )
     return specs
 

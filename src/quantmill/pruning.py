@@ -1,4 +1,4 @@
-"""Removing: names with `rm`, blobs that no manifest names with `prune`. Planned first, then done."""
+"""Removing: names with `rm`, blobs that no manifest names with `prune`; and copying names."""
 
 from __future__ import annotations
 

@@ -106,6 +106,8 @@ def quantize(
     count = raw.size // DTYPE_BYTES[dtype]
     if count % fmt.group_size:
         raise BadRequest(f"{count} elements are not whole groups of {fmt.group_size}")
+    if not count:  # where some of MLX's operations raise
+        return Quantized(raw, raw, raw if fmt.has_bias else None)
     with mx.stream(mx.cpu):  # whatever device the caller's own code uses
         if fmt.mode in {"mxfp4", "mxfp8"}:
             return _quantize_mx(raw, dtype, fmt, rounding)
@@ -144,13 +146,12 @@ def _by_mlx(raw: Bytes, dtype: str, fmt: Format, maximum: float | None = None) -
     short = -raw.size % (width * DTYPE_BYTES[dtype])
     if short:  # MLX takes nvfp4 in pairs of groups only: pad with a group of zeros, then cut
         raw = np.concatenate([raw, np.zeros(short, np.uint8)])
-    arguments = {} if maximum is None else {"global_scale": mx.array(maximum, mx.float32)}
     parts = mx.quantize(
         _to_mlx(mx, raw, dtype, width),
         group_size=fmt.group_size,
         bits=fmt.bits,
         mode=fmt.mode,
-        **arguments,
+        global_scale=None if maximum is None else mx.array(maximum, mx.float32),
     )
     mx.eval(*parts)
     weight, *rest = (_to_bytes(mx, part) for part in parts)
@@ -160,7 +161,7 @@ def _by_mlx(raw: Bytes, dtype: str, fmt: Format, maximum: float | None = None) -
     return Quantized(weight[: groups * fmt.group_size * fmt.bits // 8], rest[0], biases)
 
 
-# -- mx formats: rounding choice and tiny groups ------------------------------------------------------
+# -- mx formats: rounding choice and tiny groups ---------------------------------------------------
 
 
 def _quantize_mx(raw: Bytes, dtype: str, fmt: Format, rounding: str) -> Quantized:

@@ -56,7 +56,7 @@ def _format_json(fmt: Format | None) -> dict[str, Any] | None:
     return {"name": fmt.name, "mode": fmt.mode, "bits": fmt.bits, "group_size": fmt.group_size}
 
 
-# -- plan ----------------------------------------------------------------------------------------
+# -- plan ------------------------------------------------------------------------------------------
 
 
 def plan_json(plan: Plan, free_bytes: int | None = None) -> dict[str, Any]:
@@ -122,7 +122,7 @@ def plan_summary(plan: Plan, free_bytes: int | None = None) -> list[str]:
     return lines
 
 
-# -- create --------------------------------------------------------------------------------------
+# -- create ----------------------------------------------------------------------------------------
 
 
 def created_json(created: Created) -> dict[str, Any]:
@@ -166,10 +166,9 @@ def created_warnings(created: Created) -> list[str]:
         f"tensor {name!r} holds {count} NaN or infinite values, quantized as asked"
         for name, count in created.non_finite
     ]
-    plan = created.plan
-    lines += [f"left out: tensor {d.name} ({d.reason})" for d in plan.dropped]
-    lines += [f"left out: file {f.name} ({f.reason})" for f in plan.files if not f.media_type]
-    return lines
+    lines += [f"left out: tensor {d.name} ({d.reason})" for d in created.plan.dropped]
+    files = [f.name for f in created.plan.files if not f.media_type]
+    return [*lines, f"left out: {', '.join(files)}"] if files else lines
 
 
 # -- list and show ---------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What a checkpoint says about itself: tensors, config, files. Values only; checkpoint.py finds them."""
+"""What a checkpoint says about itself: tensors, config, files. checkpoint.py finds it out."""
 
 from __future__ import annotations
 

@@ -132,7 +132,7 @@ class Store:
                 return shutil.disk_usage(folder).free
         return None
 
-    # -- blobs ---------------------------------------------------------------------------------
+    # -- blobs -------------------------------------------------------------------------------------
 
     def blob_path(self, digest: Digest) -> Path:
         """Where a blob lies, whether or not it is there."""
@@ -234,7 +234,7 @@ class Store:
                 found.append(BlobFile(Path(entry.path), digest, info.st_size, age))
         return sorted(found, key=lambda b: b.path.name)
 
-    # -- manifests -----------------------------------------------------------------------------
+    # -- manifests ---------------------------------------------------------------------------------
 
     def spelling(self, name: ModelName) -> ModelName:
         """The name with each part spelled as an existing manifest spells it, case aside."""
@@ -334,7 +334,7 @@ class Store:
                 found.append(BlobFile(path, None, info.st_size, max(0.0, now - info.st_mtime)))
         return sorted(found, key=lambda b: b.path)
 
-    # -- lock ----------------------------------------------------------------------------------
+    # -- lock --------------------------------------------------------------------------------------
 
     @contextmanager
     def writing(self) -> Iterator[None]:

@@ -53,17 +53,16 @@ def describe_blob(file: TensorFile, where: str) -> list[StoredTensor]:
     entries = file.entries
     parts = {name: _companions(name, entries) for name in entries}
     used = {e.name for found in parts.values() for e in found.values()}
-    weights = [_describe(n, parts[n], file, where) for n in entries if n not in used]
-    return weights
+    return [_describe(n, parts[n], file, where) for n in entries if n not in used]
 
 
 def _companions(name: str, entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
     """The scale, bias and global scale of a weight; {} for anything else."""
     base = name.removesuffix(".weight")
-    names = {"scale": (name + _SCALE,), "bias": (name + _BIAS,), "global": (name + _GLOBAL,)}
+    names = {"scale": [name + _SCALE], "bias": [name + _BIAS], "global": [name + _GLOBAL]}
     if base != name:
-        names["scale"] += (base + _PLURAL_SCALE,)
-        names["bias"] += (base + _PLURAL_BIAS,)
+        names["scale"].append(base + _PLURAL_SCALE)
+        names["bias"].append(base + _PLURAL_BIAS)
     found = {
         role: entries[candidate]
         for role, candidates in names.items()

@@ -6,7 +6,6 @@ import json
 import re
 from typing import Any
 
-
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 

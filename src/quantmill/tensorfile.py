@@ -106,7 +106,7 @@ def _entry(name: str, value: Any, base: int, file: str) -> TensorEntry:
         raise _bad(file, "a tensor has an empty name")
     if not strictjson.is_text(name):
         raise _bad(file, f"tensor name {name!r} is not Unicode text")
-    if not isinstance(value, dict) or not _ENTRY_KEYS <= value.keys():
+    if not isinstance(value, dict) or not value.keys() >= _ENTRY_KEYS:
         missing = _ENTRY_KEYS - (value.keys() if isinstance(value, dict) else set())
         raise _bad(file, f"tensor {name!r} has no {', '.join(sorted(missing))}")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]

@@ -65,7 +65,7 @@ def verify(
     if everything:
         for blob in store.list_blobs():
             if blob.digest is not None:
-                work.refs[blob.digest]  # noqa: B018  (a defaultdict: unreferenced blobs count too)
+                work.refs.setdefault(blob.digest, [])
     total = sum(_size_or_zero(store, digest) for digest in work.refs)
     for digest in sorted(work.refs):
         _check_blob(store, digest, work)
@@ -178,6 +178,6 @@ def describe_ref(store: Store, ref: BlobRef) -> list[StoredTensor]:
 
 
 def _in_group(tensor: str, ref: BlobRef) -> bool:
-    """Whether a lone tensor may stand in an entry of this name: a group of one, or a component's."""
+    """Whether a lone tensor may stand in this entry: in a group of one, or as a component's."""
     name = ref.name or ""
     return tensor.startswith(f"{name}.") or name.endswith(f"/{tensor}")
