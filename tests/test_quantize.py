@@ -48,7 +48,7 @@ all_formats = pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.label)
 affine_formats = pytest.mark.parametrize("fmt", AFFINE, ids=lambda f: f.label)
 mx_formats = pytest.mark.parametrize("fmt", MX, ids=lambda f: f.label)
 all_dtypes = pytest.mark.parametrize("dtype", DTYPES)
-odd_and_plain = [c for c in suite("quant_numeric") if c["op"] == "quantize"]
+recorded_cases = [c for c in suite("quant_numeric") if c["op"] == "quantize"]
 
 
 def raw(x: Array) -> npt.NDArray[np.uint8]:
@@ -191,7 +191,7 @@ def test_odd_vector(case: dict[str, Any]) -> None:
     check_vector(case)
 
 
-@pytest.mark.parametrize("case", odd_and_plain, ids=lambda c: c["id"])
+@pytest.mark.parametrize("case", recorded_cases, ids=lambda c: c["id"])
 def test_reference_decodes_vector(case: dict[str, Any]) -> None:
     """The reference decodes what was recorded to the recorded values."""
     fmt = vector_format(case["input"])

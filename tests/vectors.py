@@ -1,4 +1,4 @@
-"""The copied vectors (tests/data/vectors/README.md says where they come from), as pytest cases."""
+"""The copied vectors (tests/data/README.md says where they come from), as pytest cases."""
 
 from __future__ import annotations
 

