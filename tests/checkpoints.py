@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 
 from quantmill.formats import DTYPE_BYTES
@@ -62,3 +63,10 @@ SMALL = {
     "model.layers.0.mlp.down_proj.weight": ("BF16", (128, 128)),
 }
 """A model of a few kilobytes with something to quantize."""
+
+
+def load_arrays(path: Path) -> dict[str, Any]:
+    """The tensors of a file as MLX arrays, read by MLX."""
+    arrays = mx.load(str(path), format="safetensors")
+    assert isinstance(arrays, dict)
+    return arrays

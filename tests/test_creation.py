@@ -19,18 +19,26 @@ import numpy as np
 import pytest
 
 import reference
-from checkpoints import SMALL, fixture, tensor_bytes, write_checkpoint, write_tensor_file
+from checkpoints import (
+    SMALL,
+    fixture,
+    load_arrays,
+    tensor_bytes,
+    write_checkpoint,
+    write_tensor_file,
+)
 from quantmill import mediatypes
+from quantmill.checkpoint import open_checkpoint
 from quantmill.creation import create, plan, read_modelfile
 from quantmill.errors import BadPlan, BadSource, BadWeights
-from quantmill.execute import Progress
+from quantmill.execute import Progress, write_blobs
 from quantmill.facts import show
 from quantmill.formats import FORMAT_NAMES, parse_format
 from quantmill.manifest import Manifest
 from quantmill.modelfile import parse_modelfile
 from quantmill.names import parse_name
 from quantmill.planner import parse_override
-from quantmill.plans import Options
+from quantmill.plans import Options, plan_from_json, plan_to_json
 from quantmill.pruning import prune
 from quantmill.quantize import quantize
 from quantmill.store import Store
@@ -188,7 +196,7 @@ def test_a_global_scale_is_the_maximum_over_2688(store: Store) -> None:
 
 
 def source_array(name: str) -> Any:
-    arrays = mx.load(str(fixture("hf-llama-bf16") / "model.safetensors"))
+    arrays = load_arrays(fixture("hf-llama-bf16") / "model.safetensors")
     return np.array(arrays[name].astype(mx.float32))
 
 
@@ -266,6 +274,19 @@ def test_plan_and_create_agree(store: Store) -> None:
     assert made.plan == forecast
     sizes = {r.name: r.size for r in store.get_manifest(made.name).tensor_refs()}
     assert sizes == {b.name: b.size for b in forecast.blobs}
+
+
+def test_a_plan_that_went_through_json_writes_the_same_blobs(tmp_path: Path) -> None:
+    """The plan alone decides: read back from JSON, it gives the same digests."""
+    source = fixture("hf-qwen3-moe-bf16")
+    decided = plan(source, quantize="mxfp8")
+    again = plan_from_json(json.loads(json.dumps(plan_to_json(decided))))
+    refs = []
+    for number, one in enumerate((decided, again)):
+        with open_checkpoint(source) as checkpoint:
+            store = Store(tmp_path / str(number))
+            refs.append(write_blobs(one, checkpoint, store, workers=2).refs)
+    assert refs[0] == refs[1]
 
 
 # -- what is refused -------------------------------------------------------------------------------
@@ -440,6 +461,7 @@ def test_threads_of_one_process_can_create_at_once(store: Store, tmp_path: Path)
 
 MEASURE = """
 import resource, sys
+from quantmill.checkpoint import open_checkpoint
 from quantmill.creation import create
 from quantmill.store import Store
 create("m", sys.argv[1], store=Store(sys.argv[2]), quantize="int4", workers=1)

@@ -14,7 +14,6 @@ from quantmill.version import __version__
 
 if TYPE_CHECKING:
     from quantmill.creation import Created, create, plan
-    from quantmill.digests import Digest, parse_digest
     from quantmill.errors import QuantmillError
     from quantmill.execute import Progress
     from quantmill.facts import list_models, show
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
 # Names are fetched when they are first used, so that `import quantmill` costs nothing.
 _HOMES = {
     "Created": "creation",
-    "Digest": "digests",
     "Format": "formats",
     "ModelName": "names",
     "Options": "plans",
@@ -41,7 +39,6 @@ _HOMES = {
     "copy": "pruning",
     "create": "creation",
     "list_models": "facts",
-    "parse_digest": "digests",
     "parse_format": "formats",
     "parse_modelfile": "modelfile",
     "parse_name": "names",
@@ -58,7 +55,6 @@ _HOMES = {
 
 __all__ = [
     "Created",
-    "Digest",
     "Format",
     "ModelName",
     "Options",
@@ -70,7 +66,6 @@ __all__ = [
     "copy",
     "create",
     "list_models",
-    "parse_digest",
     "parse_format",
     "parse_modelfile",
     "parse_name",

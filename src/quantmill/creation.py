@@ -15,7 +15,7 @@ from quantmill.execute import Progress, Written, default_workers, recorded_optio
 from quantmill.formats import parse_request
 from quantmill.manifest import BlobRef, manifest_bytes, parse_manifest
 from quantmill.modelfile import Modelfile, decode_modelfile, parse_modelfile
-from quantmill.names import ModelName, parse_name
+from quantmill.names import ModelName, as_name
 from quantmill.planner import make_plan
 from quantmill.plans import Options, Plan
 from quantmill.source import Source
@@ -88,7 +88,7 @@ def create(
     Raises BadName, BadRequest, BadSource, BadWeights (NaN or infinite weights), BadPlan and
     StoreError; each names the file, tensor or name.
     """
-    target = parse_name(name) if isinstance(name, str) else name
+    target = as_name(name)
     store = store or Store()
     parse_request(quantize, group_size)
     with open_checkpoint(source, follow_links=follow_links) as checkpoint:

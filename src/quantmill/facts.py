@@ -11,7 +11,7 @@ from typing import Any
 from quantmill import mediatypes, strictjson
 from quantmill.errors import Corrupt, NotFound, QuantmillError
 from quantmill.manifest import Manifest
-from quantmill.names import ModelName
+from quantmill.names import ModelName, as_name
 from quantmill.source import CONFIG
 from quantmill.store import Store
 from quantmill.stored import StoredTensor
@@ -82,11 +82,12 @@ def _listed(store: Store, name: ModelName, modified: datetime) -> Listed:
     return Listed(name, manifest.digest.hex, manifest.total_size, modified, shown)
 
 
-def show(store: Store, name: ModelName) -> ModelFacts:
+def show(store: Store, name: str | ModelName) -> ModelFacts:
     """Facts about one model, with its tensors.
 
-    Raises NotFound for the name or a blob that is missing, Corrupt for headers that lie.
+    Raises BadName, NotFound for the name or a blob that is missing, Corrupt for headers that lie.
     """
+    name = as_name(name)
     manifest = store.get_manifest(name)
     path = store.manifest_path(name)
     config = _config(store, manifest)

@@ -7,6 +7,7 @@ a missing tag `latest`. Names compare without regard to case.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from quantmill.errors import BadName
@@ -130,6 +131,18 @@ def _checked(name: ModelName, original: str) -> ModelName:
 def parse_name(text: str) -> ModelName:
     """The name `text` means, every part checked; raises BadName."""
     return _checked(split_name(text), text)
+
+
+def as_name(name: str | ModelName) -> ModelName:
+    """A name given as text or as a value."""
+    return parse_name(name) if isinstance(name, str) else name
+
+
+def as_names(names: str | ModelName | Iterable[str | ModelName]) -> list[ModelName]:
+    """One name or several, each as text or as a value."""
+    if isinstance(names, str | ModelName):
+        return [as_name(names)]
+    return [as_name(name) for name in names]
 
 
 def name_from_path(path: str) -> ModelName:

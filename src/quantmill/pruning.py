@@ -8,7 +8,7 @@ from pathlib import Path
 
 from quantmill.digests import Digest
 from quantmill.errors import Busy, Corrupt, NotFound
-from quantmill.names import ModelName
+from quantmill.names import ModelName, as_name, as_names
 from quantmill.store import BlobFile, Store
 
 GRACE_SECONDS = 3600.0
@@ -98,14 +98,15 @@ def _remove_empty_folders(store: Store) -> None:
     sweep(store.manifests, 3)
 
 
-def remove(store: Store, names: Iterable[ModelName]) -> Removed:
+def remove(store: Store, names: str | ModelName | Iterable[str | ModelName]) -> Removed:
     """Remove names, then the blobs that only they named.
 
     All names are looked up before the first is removed; raises NotFound, removing nothing, when
     one is missing. Blobs stay for a later prune where a manifest cannot be read or another process
     is writing.
     """
-    wanted = {store.spelling(name).key: store.spelling(name) for name in names}
+    spelled = [store.spelling(name) for name in as_names(names)]
+    wanted = {name.key: name for name in spelled}
     candidates: set[Digest] = set()
     for name in wanted.values():
         try:
@@ -132,11 +133,12 @@ def _remove_blob(store: Store, digest: Digest) -> int:
     return size
 
 
-def copy(store: Store, source: ModelName, target: ModelName) -> None:
+def copy(store: Store, source: str | ModelName, target: str | ModelName) -> None:
     """Give the model a second name; the same blobs, no data moved.
 
     Replaces what `target` named before. Raises NotFound and Corrupt.
     """
+    source, target = as_name(source), as_name(target)
     manifest = store.get_manifest(source)
     if store.spelling(source).key == store.spelling(target).key:
         return

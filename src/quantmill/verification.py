@@ -10,7 +10,7 @@ from quantmill import mediatypes, strictjson
 from quantmill.digests import Digest
 from quantmill.errors import BadTensorFile, QuantmillError
 from quantmill.manifest import BlobRef
-from quantmill.names import ModelName
+from quantmill.names import ModelName, as_names
 from quantmill.store import Store
 from quantmill.stored import LEGACY_KEY, StoredTensor, describe_blob
 from quantmill.tensorfile import LENGTH_BYTES, TensorFile, header_length, parse_header
@@ -49,7 +49,7 @@ class _Work:
 
 def verify(
     store: Store,
-    names: Iterable[ModelName] | None = None,
+    names: str | ModelName | Iterable[str | ModelName] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Verified:
     """Check the named models, or all models and every other blob in the store.
@@ -58,7 +58,7 @@ def verify(
     there; damage is returned, not raised.
     """
     everything = names is None
-    chosen = [s.name for s in store.list_names()] if names is None else list(names)
+    chosen = [s.name for s in store.list_names()] if names is None else as_names(names)
     work = _Work()
     for name in chosen:
         _collect(store, name, work, strict=not everything)
