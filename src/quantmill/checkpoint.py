@@ -9,13 +9,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol, Self
 
 from quantmill import mediatypes, strictjson, tensorfile
 from quantmill.errors import BadSource, BadTensorFile
 from quantmill.source import CONFIG, INDEX, Source, SourceFile, SourceTensor
 
 SUFFIX = ".safetensors"
+GGUF_SUFFIX = ".gguf"
 MAX_TEXT = 64 * 2**20
 """Largest side file that is read or kept; real tokenizers stay far below."""
 
@@ -36,12 +37,42 @@ class _OpenFile:
     mtime_ns: int
 
 
+class OpenSource(Protocol):
+    """What `create` needs of an open source, whatever file format it is in."""
+
+    @property
+    def source(self) -> Source:
+        """What the source says about itself."""
+
+    def read_into(self, tensor: SourceTensor, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the tensor's bytes from `offset` on; callable from any thread."""
+
+    def read_file(self, name: str) -> bytes:
+        """The content of a side file."""
+
+    def check_unchanged(self) -> None:
+        """Raise BadSource if what was opened is no longer what it was."""
+
+    def close(self) -> None:
+        """Close all files."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+
 class Checkpoint:
     """An open checkpoint. Use as a context manager; `read_into` may be called from any thread."""
 
-    def __init__(self, path: Path, *, follow_links: bool = False) -> None:
+    def __init__(self, path: Path, *, follow_links: bool = False, loose: bool = False) -> None:
         self.path = path
         self._follow_links = follow_links
+        self._loose = loose
         self._files: dict[str, _OpenFile] = {}
         try:
             self.source = self._inventory()
@@ -49,7 +80,7 @@ class Checkpoint:
             self.close()
             raise
 
-    def __enter__(self) -> Checkpoint:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -116,15 +147,20 @@ class Checkpoint:
 
     def _inventory(self) -> Source:
         names = _list(self.path)
-        if CONFIG not in names:
+        if CONFIG not in names and not self._loose:
             raise BadSource(
                 f"{self.path}: no {CONFIG}",
                 kind="missing_config",
                 hint="give the directory that holds config.json and the .safetensors files",
             )
-        config = self._json(CONFIG, "invalid_config")
+        config = self._json(CONFIG, "invalid_config") if CONFIG in names else {}
         weight_map = self._weight_map() if INDEX in names else {}
-        shards = sorted(set(weight_map.values())) if weight_map else _unindexed_shards(names)
+        if weight_map:
+            shards = sorted(set(weight_map.values()))
+        elif self._loose:
+            shards = sorted(n for n in names if n.endswith(SUFFIX))
+        else:
+            shards = _unindexed_shards(names)
         tensors, ignored = self._tensors(shards, weight_map)
         if not tensors:
             raise BadSource(
@@ -194,12 +230,15 @@ class Checkpoint:
             yield SourceFile(name, size, media_type, reason)
 
 
-def open_checkpoint(path: str | Path, *, follow_links: bool = False) -> Checkpoint:
+def open_checkpoint(
+    path: str | Path, *, follow_links: bool = False, loose: bool = False
+) -> Checkpoint:
     """Open a checkpoint directory and read its headers.
 
     A directory is accepted when it has a config.json and weights as `model*.safetensors`, named by
     model.safetensors.index.json where there is one. Links that lead out of the directory are
     refused, except into the cache that a snapshot directory belongs to, unless `follow_links`.
+    `loose` accepts every *.safetensors file and no config.json, as directories to load may be.
     Raises BadSource or BadTensorFile, naming the file or tensor.
     """
     folder = Path(path)
@@ -210,7 +249,37 @@ def open_checkpoint(path: str | Path, *, follow_links: bool = False) -> Checkpoi
             kind="not_a_model_dir",
             hint="give the directory that holds config.json and the .safetensors files",
         )
-    return Checkpoint(folder, follow_links=follow_links)
+    return Checkpoint(folder, follow_links=follow_links, loose=loose)
+
+
+def open_source(path: str | Path, *, follow_links: bool = False) -> OpenSource:
+    """Open a checkpoint directory, a GGUF file, or a directory whose only weights are such a file.
+
+    Raises BadSource as `open_checkpoint` and `open_gguf` do.
+    """
+    found = _gguf_file(Path(path), follow_links)
+    if found is None:
+        return open_checkpoint(path, follow_links=follow_links)
+    from quantmill.ggufsource import open_gguf
+
+    return open_gguf(found)
+
+
+def _gguf_file(path: Path, follow_links: bool) -> Path | None:
+    if not path.is_dir():
+        return path if path.name.endswith(GGUF_SUFFIX) and path.exists() else None
+    names = _list(path)
+    found = sorted(name for name in names if name.endswith(GGUF_SUFFIX))
+    if not found or any(name.endswith(SUFFIX) for name in names):
+        return None
+    if len(found) > 1:
+        raise BadSource(
+            f"{path} holds {len(found)} GGUF files: {', '.join(found)}",
+            kind="ambiguous_source",
+            hint="give the path of one of them",
+        )
+    _refuse_link_outside(path, path / found[0], found[0], follow_links)
+    return path / found[0]
 
 
 def is_model_dir(path: str | Path) -> bool:

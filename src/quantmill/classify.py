@@ -129,7 +129,7 @@ def recorded_metadata(config: Mapping[str, Any]) -> dict[str, str]:
     entry = next((e for e in list(quantization_entries(config)) if e.get("bits")), None)
     if entry is None:
         return {}
-    found = recorded_format(entry.get("mode") or "affine", entry["bits"])
+    found = recorded_format((entry.get("mode") or "affine").lower(), entry["bits"])
     if found is None:
         return {}
     group = entry.get("group_size") or 0

@@ -7,19 +7,36 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from enum import StrEnum
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from quantmill import terminal
+from quantmill.arguments import (
+    GlobalScaleOption,
+    GroupOption,
+    JsonOption,
+    LinksOption,
+    NameArgument,
+    NamesArgument,
+    NonFiniteOption,
+    OptionalNameArgument,
+    Profile,
+    ProfileOption,
+    QuantizeOption,
+    QuietOption,
+    Rounding,
+    RoundingOption,
+    StoreOption,
+    TensorOption,
+)
 from quantmill.errors import BadRequest, QuantmillError
 from quantmill.version import __version__
 
 if TYPE_CHECKING:
-    from quantmill.execute import Progress
+    from quantmill.generate import Chat
     from quantmill.names import ModelName
     from quantmill.plans import Options
     from quantmill.store import Store
@@ -36,89 +53,18 @@ app = typer.Typer(
 )
 
 
-class Rounding(StrEnum):
-    """How mx exponents are rounded."""
-
-    CEIL = "ceil"
-    NEAREST = "nearest"
-
-
-# -- options that several commands share -----------------------------------------------------------
-
-_complete_dir: dict[str, Any] = {"file_okay": False, "dir_okay": True}
-
-
-def _complete_name(incomplete: str) -> list[str]:
-    """Names in the store, for shell completion."""
-    from quantmill.store import Store
-
-    names = [stored.name.display for stored in Store().list_names()]
-    return [name for name in names if name.startswith(incomplete)]
-
-
-def _complete_format(incomplete: str) -> list[str]:
-    from quantmill.formats import FORMAT_NAMES
-
-    return [name for name in FORMAT_NAMES if name.startswith(incomplete)]
-
-
-StoreOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--store",
-        help="Store directory. Else QUANTMILL_STORE, OLLAMA_MODELS, ~/.ollama/models.",
-        **_complete_dir,
-    ),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
-QuantizeOption = Annotated[
-    str | None,
-    typer.Option(
-        "--quantize",
-        "-q",
-        metavar="FORMAT",
-        help="int4, int8, nvfp4, mxfp4, mxfp8 or affine-2, -3, -5, -6. "
-        "Without it weights keep their precision.",
-        autocompletion=_complete_format,
-    ),
-]
-GroupOption = Annotated[
-    int | None,
-    typer.Option("--group-size", metavar="N", help="Affine formats: weights per scale (64)."),
-]
-TensorOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--tensor",
-        metavar="PATTERN=FORMAT",
-        help="Format of tensors whose name fits the pattern; `keep` means source precision. "
-        "May be given more than once, the last fitting rule wins.",
-    ),
-]
-RoundingOption = Annotated[
-    Rounding, typer.Option("--e8m0", help="Rounding of mxfp4 and mxfp8 scale exponents.")
-]
-GlobalScaleOption = Annotated[
-    bool, typer.Option("--global-scale", help="Give nvfp4 tensors a scale of their own as well.")
-]
-NonFiniteOption = Annotated[
-    bool, typer.Option("--allow-non-finite", help="Quantize weights that hold NaN or infinity.")
-]
-LinksOption = Annotated[
-    bool, typer.Option("--follow-links", help="Read links that lead out of the checkpoint.")
-]
-QuietOption = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]
-NameArgument = Annotated[str, typer.Argument(metavar="NAME", autocompletion=_complete_name)]
-
-
 def _options(
-    tensor: list[str] | None, e8m0: Rounding, global_scale: bool, allow_non_finite: bool
+    tensor: list[str] | None,
+    profile: Profile,
+    e8m0: Rounding,
+    global_scale: bool,
+    allow_non_finite: bool,
 ) -> Options:
     from quantmill.planner import parse_override
     from quantmill.plans import Options
 
     overrides = tuple(parse_override(text) for text in tensor or ())
-    return Options(overrides, e8m0.value, global_scale, allow_non_finite)
+    return Options(overrides, profile.value, e8m0.value, global_scale, allow_non_finite)
 
 
 def _store(path: Path | None) -> Store:
@@ -131,74 +77,6 @@ def _name(text: str) -> ModelName:
     from quantmill.names import parse_name
 
     return parse_name(text)
-
-
-# -- output ----------------------------------------------------------------------------------------
-
-
-class _ReaderGone(BaseException):
-    """Whoever read stdout has seen enough."""
-
-
-def _print_lines(lines: Sequence[str]) -> None:
-    try:
-        print("\n".join(lines), flush=True)
-    except BrokenPipeError:
-        # what is still buffered must not be flushed into the closed pipe at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise _ReaderGone from None
-
-
-def _print_json(document: Any) -> None:
-    _print_lines([json.dumps(document, indent=2)])
-
-
-def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Aligned columns; the last one is not padded, so that nothing is cut or folded."""
-    cells = [[c.upper() for c in columns], *rows]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
-    _print_lines(
-        ["  ".join(t.ljust(w) for t, w in zip(row, widths, strict=True)).rstrip() for row in cells]
-    )
-
-
-def _warn(lines: Sequence[str]) -> None:
-    for line in lines:
-        print(f"warning: {line}", file=sys.stderr)
-
-
-@contextmanager
-def _progress(shown: bool) -> Iterator[Callable[[Progress], None] | None]:
-    """A live bar on stderr: tensors, bytes, rate, time left. Nothing where nobody looks."""
-    if not shown or not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-    from rich.progress import Progress as Bar
-
-    with Bar(
-        TextColumn("{task.fields[tensors]}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    ) as bar:
-        task = bar.add_task("", total=None, tensors="")
-
-        def update(event: Progress) -> None:
-            done = f"{event.tensors}/{event.tensors_total} tensors"
-            bar.update(task, total=event.bytes_total, completed=event.bytes, tensors=done)
-
-        yield update
 
 
 # -- commands --------------------------------------------------------------------------------------
@@ -217,6 +95,7 @@ def create(
         Path | None,
         typer.Option("--file", "-f", metavar="MODELFILE", help="Modelfile with FROM and more."),
     ] = None,
+    profile: ProfileOption = Profile.MLX_CPU,
     e8m0: RoundingOption = Rounding.CEIL,
     global_scale: GlobalScaleOption = False,
     allow_non_finite: NonFiniteOption = False,
@@ -232,14 +111,14 @@ def create(
     from quantmill import creation, report
 
     target = _name(name)
-    options = _options(tensor, e8m0, global_scale, allow_non_finite)
+    options = _options(tensor, profile, e8m0, global_scale, allow_non_finite)
     parsed, folder = creation.read_modelfile(modelfile) if modelfile else (None, source)
     if source is not None and parsed is not None and folder is not None:
         _refuse_two_sources(source, folder)
     if folder is None:
         raise BadRequest("no checkpoint given", hint="name its directory, or a Modelfile with -f")
     started = time.monotonic()
-    with _progress(not quiet and not json_output) as progress:
+    with terminal.progress(not quiet and not json_output) as progress:
         created = creation.create(
             target,
             folder,
@@ -254,13 +133,13 @@ def create(
         )
     ignored = [f"the Modelfile's {what} is ignored" for what in parsed.ignored] if parsed else []
     if not quiet:
-        _warn([*ignored, *report.created_warnings(created)])
+        terminal.warn([*ignored, *report.created_warnings(created)])
     if json_output:
-        _print_json(
+        terminal.print_json(
             report.created_json(created) | {"ignored": list(parsed.ignored if parsed else ())}
         )
     elif not quiet:
-        _print_lines(report.created_lines(created, time.monotonic() - started))
+        terminal.print_lines(report.created_lines(created, time.monotonic() - started))
 
 
 def _refuse_two_sources(source: Path, folder: Path) -> None:
@@ -276,6 +155,7 @@ def plan(
     quantize: QuantizeOption = None,
     group_size: GroupOption = None,
     tensor: TensorOption = None,
+    profile: ProfileOption = Profile.MLX_CPU,
     e8m0: RoundingOption = Rounding.CEIL,
     global_scale: GlobalScaleOption = False,
     allow_non_finite: NonFiniteOption = False,
@@ -286,7 +166,7 @@ def plan(
     """Show what `create` would do with every tensor of SOURCE, and write nothing."""
     from quantmill import creation, report
 
-    options = _options(tensor, e8m0, global_scale, allow_non_finite)
+    options = _options(tensor, profile, e8m0, global_scale, allow_non_finite)
     planned = creation.plan(
         source,
         quantize=quantize,
@@ -296,10 +176,10 @@ def plan(
     )
     free = _store(store).free_bytes()
     if json_output:
-        _print_json(report.plan_json(planned, free))
+        terminal.print_json(report.plan_json(planned, free))
         return
-    _print_table(report.PLAN_COLUMNS, report.plan_rows(planned))
-    _print_lines(["", *report.plan_summary(planned, free)])
+    terminal.print_table(report.PLAN_COLUMNS, report.plan_rows(planned))
+    terminal.print_lines(["", *report.plan_summary(planned, free)])
 
 
 def _list(store: StoreOption = None, json_output: JsonOption = False) -> None:
@@ -308,10 +188,10 @@ def _list(store: StoreOption = None, json_output: JsonOption = False) -> None:
 
     models = facts.list_models(_store(store))
     if json_output:
-        _print_json(report.list_json(models))
+        terminal.print_json(report.list_json(models))
         return
-    _print_table(report.LIST_COLUMNS, report.list_rows(models))
-    _warn([m.problem for m in models if m.problem])
+    terminal.print_table(report.LIST_COLUMNS, report.list_rows(models))
+    terminal.warn([m.problem for m in models if m.problem])
 
 
 app.command("list")(_list)
@@ -332,21 +212,19 @@ def show(
 
     found = facts.show(_store(store), _name(name))
     if json_output:
-        _print_json(report.show_json(found, tensors=tensors))
+        terminal.print_json(report.show_json(found, tensors=tensors))
         return
     rows = report.show_rows(found)
     width = max(len(label) for label, _ in rows)
-    _print_lines([f"{label.ljust(width)}  {text}" for label, text in rows])
+    terminal.print_lines([f"{label.ljust(width)}  {text}" for label, text in rows])
     if tensors:
-        _print_lines([""])
-        _print_table(report.TENSOR_COLUMNS, report.tensor_rows(found))
+        terminal.print_lines([""])
+        terminal.print_table(report.TENSOR_COLUMNS, report.tensor_rows(found))
 
 
 @app.command()
 def verify(
-    name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", autocompletion=_complete_name)
-    ] = None,
+    name: OptionalNameArgument = None,
     store: StoreOption = None,
     json_output: JsonOption = False,
 ) -> None:
@@ -359,9 +237,9 @@ def verify(
     names = None if name is None else [_name(name)]
     found = verification.verify(_store(store), names)
     if json_output:
-        _print_json(report.verified_json(found))
+        terminal.print_json(report.verified_json(found))
     else:
-        _print_lines(report.verified_lines(found))
+        terminal.print_lines(report.verified_lines(found))
     if found.damage:
         raise typer.Exit(EXIT_DAMAGE)
 
@@ -379,14 +257,14 @@ def copy(
     old, new = _name(source), _name(target)
     pruning.copy(_store(store), old, new)
     if json_output:
-        _print_json({"source": old.display, "target": new.display})
+        terminal.print_json({"source": old.display, "target": new.display})
     else:
-        _print_lines([f"copied {old.display} to {new.display}"])
+        terminal.print_lines([f"copied {old.display} to {new.display}"])
 
 
 @app.command("rm")
 def remove(
-    names: Annotated[list[str], typer.Argument(metavar="NAME...", autocompletion=_complete_name)],
+    names: NamesArgument,
     store: StoreOption = None,
     json_output: JsonOption = False,
 ) -> None:
@@ -395,9 +273,9 @@ def remove(
 
     removed = pruning.remove(_store(store), [_name(name) for name in names])
     if json_output:
-        _print_json(report.removed_json(removed))
+        terminal.print_json(report.removed_json(removed))
     else:
-        _print_lines(report.removed_lines(removed))
+        terminal.print_lines(report.removed_lines(removed))
 
 
 @app.command()
@@ -415,14 +293,14 @@ def prune(
     act = pruning.plan_prune if dry_run else pruning.prune
     done = act(_store(store), older_than)
     if json_output:
-        _print_json(report.prune_json(done, dry_run=dry_run))
+        terminal.print_json(report.prune_json(done, dry_run=dry_run))
     else:
-        _print_lines(report.prune_lines(done, dry_run=dry_run))
+        terminal.print_lines(report.prune_lines(done, dry_run=dry_run))
 
 
 def _version(wanted: bool) -> None:
     if wanted:
-        _print_lines([f"quantmill {__version__}"])
+        terminal.print_lines([f"quantmill {__version__}"])
         raise typer.Exit
 
 
@@ -433,6 +311,138 @@ def _root(
     ] = False,
 ) -> None:
     del version
+
+
+@app.command("run")
+def run_model(
+    name: NameArgument,
+    prompt: Annotated[
+        str | None, typer.Argument(metavar="[PROMPT]", help="Without it, a conversation.")
+    ] = None,
+    system: Annotated[str | None, typer.Option("--system", help="System message.")] = None,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", min=1, metavar="N", help="Tokens at most.")
+    ] = 256,
+    temperature: Annotated[
+        float, typer.Option(min=0, help="0 takes the likeliest token each time.")
+    ] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    store: StoreOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Generate text from a stored model, or from a directory, with mlx-lm."""
+    chat = _chat(name, store)
+    messages = [{"role": "system", "content": system}] if system else []
+    if prompt is not None:
+        _answer(chat, [*messages, _user(prompt)], max_tokens, temperature, seed, json_output)
+        return
+    if json_output:
+        raise BadRequest("--json needs a prompt", hint="a conversation is for people")
+    for line in terminal.lines_typed():
+        messages.append(_user(line))
+        text = _answer(chat, messages, max_tokens, temperature, seed, False)
+        messages.append({"role": "assistant", "content": text})
+
+
+def _user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def _chat(name: str, store: Path | None) -> Chat:
+    from quantmill import blas
+
+    blas.preload()  # before anything loads MLX
+    from quantmill.generate import Chat
+    from quantmill.load import open_model
+
+    with open_model(name, store=_store(store)) as model:
+        return Chat(model)
+
+
+def _answer(
+    chat: Chat,
+    messages: list[dict[str, str]],
+    max_tokens: int,
+    temperature: float,
+    seed: int | None,
+    json_output: bool,
+) -> str:
+    text, last = "", None
+    for piece in chat.stream(messages, max_tokens=max_tokens, temperature=temperature, seed=seed):
+        text, last = text + piece.text, piece
+        if not json_output:
+            terminal.print_part(piece.text)
+    if json_output:
+        from quantmill.report import answer_json
+
+        terminal.print_json(answer_json(text, last))
+    else:
+        terminal.print_part("\n")
+    return text
+
+
+@app.command()
+def serve(
+    name: NameArgument,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8080,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", min=1, metavar="N", help="Tokens at most.")
+    ] = 512,
+    store: StoreOption = None,
+) -> None:
+    """Put a model behind mlx-lm's OpenAI-compatible HTTP server."""
+    from quantmill import blas
+
+    blas.preload()
+    from quantmill import generate
+    from quantmill.load import open_model
+
+    with open_model(name, store=_store(store)) as model:
+        chat = generate.Chat(model)
+    print(f"serving {name} at http://{host}:{port}/v1", file=sys.stderr)
+    # mlx-lm's server knows how to stop at an interrupt: a polite kill is to mean the same
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    generate.serve(chat, name, host=host, port=port, max_tokens=max_tokens)
+    sys.stderr.flush()
+    os._exit(0)  # MLX aborts while its threads are torn down; everything is stopped by now
+
+
+@app.command()
+def export(
+    name: NameArgument,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A directory not there yet.")],
+    to: Annotated[str, typer.Option("--to", metavar="mlx-lm|hf", help="Layout.")] = "mlx-lm",
+    store: StoreOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Write a model as a directory: for mlx-lm, or decoded for anything that reads safetensors."""
+    from quantmill import report
+    from quantmill.export import export as write
+    from quantmill.load import open_model
+
+    with open_model(name, store=_store(store)) as model:
+        written = write(model, folder, to)
+    if json_output:
+        terminal.print_json(report.exported_json(written))
+    else:
+        terminal.print_lines(report.exported_lines(written))
+
+
+@app.command()
+def doctor(json_output: JsonOption = False) -> None:
+    """Show what is in use: versions, device, BLAS, optional parts."""
+    from quantmill import blas
+
+    chosen = blas.preload()
+    from quantmill import report
+    from quantmill.environment import describe
+
+    facts = describe(chosen)
+    if json_output:
+        terminal.print_json(facts)
+    else:
+        terminal.print_lines(report.doctor_lines(facts))
 
 
 # -- exit codes ------------------------------------------------------------------------------------
@@ -462,15 +472,15 @@ def run(arguments: Sequence[str]) -> int:
         _print_error(error, as_json=as_json)
         return error.exit_code
     except (typer.Abort, KeyboardInterrupt):
-        return _stopped("interrupted", EXIT_INTERRUPTED, as_json=as_json)
+        return _stopped("interrupted", EXIT_INTERRUPTED, arguments)
     except typer.TyperException as error:
         hint = "quantmill COMMAND --help lists the options"
         usage = BadRequest(_usage_text(error), kind="usage", hint=hint)
         _print_error(usage, as_json=as_json)
         return usage.exit_code
     except _Terminated:
-        return _stopped("terminated", EXIT_TERMINATED, as_json=as_json)
-    except _ReaderGone:
+        return _stopped("terminated", EXIT_TERMINATED, arguments)
+    except terminal.ReaderGone:
         return 0
     return result if isinstance(result, int) else 0
 
@@ -481,14 +491,11 @@ def _usage_text(error: typer.TyperException) -> str:
     return str(describe() if describe else error)
 
 
-def _stopped(how: str, code: int, *, as_json: bool) -> int:
-    error = QuantmillError(
-        how,
-        kind=how,
-        hint="finished blobs stay for the next run; `quantmill prune` removes them",
-    )
+def _stopped(how: str, code: int, arguments: Sequence[str]) -> int:
+    left = "finished blobs stay for the next run; `quantmill prune` removes them"
+    error = QuantmillError(how, kind=how, hint=left if "create" in arguments[:1] else None)
     error.exit_code = code
-    _print_error(error, as_json=as_json)
+    _print_error(error, as_json="--json" in arguments)
     return code
 
 

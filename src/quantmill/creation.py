@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantmill import mediatypes, modelconfig, strictjson
-from quantmill.checkpoint import Checkpoint, open_checkpoint
+from quantmill.checkpoint import OpenSource, open_source
 from quantmill.classify import classify, refuse_quantized
 from quantmill.digests import Digest
 from quantmill.errors import BadPlan, BadSource, Corrupt, StoreError
@@ -50,7 +50,7 @@ def plan(
     Reads headers and small files only. Raises BadSource, BadRequest and BadPlan as `create` does.
     """
     parse_request(quantize, group_size)  # a wrong word is told before anything is opened
-    with open_checkpoint(source, follow_links=follow_links) as checkpoint:
+    with open_source(source, follow_links=follow_links) as checkpoint:
         return plan_for(checkpoint.source, quantize, group_size, options)
 
 
@@ -91,7 +91,7 @@ def create(
     target = as_name(name)
     store = store or Store()
     parse_request(quantize, group_size)
-    with open_checkpoint(source, follow_links=follow_links) as checkpoint:
+    with open_source(source, follow_links=follow_links) as checkpoint:
         found = checkpoint.source
         decided = plan_for(found, quantize, group_size, options)
         config = _config(decided, found, modelfile)
@@ -138,7 +138,7 @@ def _config(decided: Plan, source: Source, modelfile: Modelfile | None) -> bytes
 _Addition = tuple[str, str | None, bytes]
 
 
-def _side_files(checkpoint: Checkpoint, decided: Plan) -> Iterable[_Addition]:
+def _side_files(checkpoint: OpenSource, decided: Plan) -> Iterable[_Addition]:
     """Kept files: JSON ones first, as Ollama orders them, each checked to be JSON."""
     kept = [f for f in decided.files if f.media_type]
     for file in sorted(kept, key=lambda f: (f.media_type != mediatypes.JSON, f.name)):

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from quantmill import mediatypes
-from quantmill.checkpoint import Checkpoint
+from quantmill.checkpoint import OpenSource
 from quantmill.errors import BadWeights, QuantmillError
 from quantmill.formats import DTYPE_BYTES
+from quantmill.gpuround import quantize_as_gpu
 from quantmill.manifest import BlobRef
 from quantmill.plans import CAST, STACK, BlobSpec, Options, Plan, TensorSpec
 from quantmill.quantize import (
@@ -27,6 +28,12 @@ from quantmill.quantize import (
 )
 from quantmill.source import SourceTensor
 from quantmill.store import BlobWriter, Pending, Store
+
+PROFILES = {"mlx-cpu": quantize, "gpu": quantize_as_gpu}
+"""Whose rounding to follow (docs/formats.md)."""
+
+SMALLEST_MAXIMUM = 1e-30
+"""A tensor with no larger magnitude gets no global scale: its inverse would overflow."""
 
 COPY_BYTES = 4 << 20
 BATCH_BLOBS = 64
@@ -63,7 +70,7 @@ class _Job:
     """What the threads of one run share."""
 
     plan: Plan
-    checkpoint: Checkpoint
+    checkpoint: OpenSource
     store: Store
     report: Callable[[Progress], None] | None
     cancelled: threading.Event = field(default_factory=threading.Event)
@@ -89,7 +96,7 @@ class _Job:
 
 def write_blobs(
     plan: Plan,
-    checkpoint: Checkpoint,
+    checkpoint: OpenSource,
     store: Store,
     *,
     workers: int,
@@ -155,12 +162,13 @@ def _write_tensor(job: _Job, blob: BlobSpec, spec: TensorSpec, writer: BlobWrite
         for piece in _pieces(job, blob, spec, COPY_BYTES):
             writer.write(piece.data)
         return
+    arithmetic = PROFILES[job.plan.options.profile]
     maximum = _maximum(job, spec) if spec.global_scale else None
     scales, biases = [], []
     nbytes = piece_elements(spec.format) * DTYPE_BYTES[spec.dtype]
     for piece in _pieces(job, blob, spec, nbytes):
         _check_finite(job, spec, piece)
-        found = quantize(
+        found = arithmetic(
             piece, spec.dtype, spec.format, rounding=job.plan.options.rounding, maximum=maximum
         )
         writer.write(found.weight.data)
@@ -189,14 +197,14 @@ def _check_finite(job: _Job, spec: TensorSpec, piece: Bytes) -> None:
 def _maximum(job: _Job, spec: TensorSpec) -> float:
     """The absolute maximum of a whole tensor: a first pass over its data.
 
-    A tensor of zeros gets the maximum that makes the global scale 1.
+    A tensor of nothing but zeros, or nearly, gets the maximum that makes the global scale 1.
     """
     found = 0.0
     for piece in _pieces(job, None, spec, COPY_BYTES):
         if count_non_finite(piece, spec.dtype):
             raise BadWeights("a global scale needs finite values")
         found = max(found, absolute_maximum(piece, spec.dtype))
-    return found or MAX_SCALE
+    return found if found > SMALLEST_MAXIMUM else MAX_SCALE
 
 
 def _pieces(job: _Job, blob: BlobSpec | None, spec: TensorSpec, nbytes: int) -> Iterator[Bytes]:
@@ -237,6 +245,8 @@ def default_workers() -> int:
 def recorded_options(options: Options) -> dict[str, object]:
     """What a stored model says about options that change bytes; {} for the defaults."""
     found: dict[str, object] = {}
+    if options.profile != "mlx-cpu":
+        found["profile"] = options.profile
     if options.rounding != "ceil":
         found["e8m0"] = options.rounding
     if options.allow_non_finite:

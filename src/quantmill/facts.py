@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 
 from quantmill import mediatypes, strictjson
 from quantmill.errors import Corrupt, NotFound, QuantmillError
@@ -18,6 +18,7 @@ from quantmill.stored import StoredTensor
 from quantmill.verification import MAX_JSON, describe_ref, read_tensor_file
 
 MODEL_INDEX = "model_index.json"
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,11 +106,11 @@ def show(store: Store, name: str | ModelName) -> ModelFacts:
         size=manifest.total_size,
         modified=datetime.fromtimestamp(path.stat().st_mtime, UTC),
         format=str(config.get("file_type") or ""),
-        capabilities=tuple(config.get("capabilities") or ()),
+        capabilities=tuple(map(str, _of_type(list, config.get("capabilities")))),
         parser=str(config.get("parser") or ""),
         renderer=str(config.get("renderer") or ""),
         requires=str(config.get("requires") or ""),
-        recorded=dict(config.get("quantmill") or {}),
+        recorded=_of_type(dict, config.get("quantmill")),
         info=_info(store, manifest, weights),
         weights=weights,
         bits_per_weight=8 * data / weights if weights else 0.0,
@@ -139,6 +140,11 @@ def _config(store: Store, manifest: Manifest) -> dict[str, Any]:
         return strictjson.parse_object(store.read_blob(manifest.config.digest, MAX_JSON))
     except (QuantmillError, strictjson.BadJson):
         return {}
+
+
+def _of_type(kind: type[_T], value: object) -> _T:
+    """The value, or an empty one where a config written by others holds something else."""
+    return value if isinstance(value, kind) else kind()
 
 
 def read_json(store: Store, manifest: Manifest, name: str) -> Any:

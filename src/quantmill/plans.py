@@ -32,9 +32,13 @@ class Override:
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What the user may choose. The defaults give MLX's own bytes."""
+    """What the user may choose. The defaults give the bytes of MLX on a CPU.
+
+    `profile` is whose rounding is followed: `mlx-cpu`, or `gpu` for that of MLX's Metal kernels.
+    """
 
     overrides: tuple[Override, ...] = ()
+    profile: str = "mlx-cpu"
     rounding: str = "ceil"
     global_scale: bool = False
     allow_non_finite: bool = False

@@ -118,17 +118,19 @@ def remove(store: Store, names: str | ModelName | Iterable[str | ModelName]) -> 
     try:
         with store.removing():
             loose = candidates - referenced(store)
-            sizes = [_remove_blob(store, digest) for digest in sorted(loose)]
+            removed = [_remove_blob(store, digest) for digest in sorted(loose)]
     except (Busy, Corrupt):
         return Removed(tuple(wanted.values()), 0, 0, len(candidates))
+    sizes = [size for size in removed if size is not None]
     return Removed(tuple(wanted.values()), len(sizes), sum(sizes), 0)
 
 
-def _remove_blob(store: Store, digest: Digest) -> int:
+def _remove_blob(store: Store, digest: Digest) -> int | None:
+    """Bytes freed, None for a blob that was gone already."""
     try:
         size = store.blob_size(digest)
     except NotFound:
-        return 0
+        return None
     store.remove_blob(digest)
     return size
 

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # values only: a report needs none of the machinery that makes them
     from quantmill.creation import Created
     from quantmill.errors import QuantmillError
+    from quantmill.export import Exported
     from quantmill.facts import FormatShare, Listed, ModelFacts
     from quantmill.formats import Format
+    from quantmill.generate import Piece
     from quantmill.plans import Plan, TensorSpec
     from quantmill.pruning import PrunePlan, Removed
     from quantmill.store import BlobFile
@@ -323,6 +325,43 @@ def verified_lines(found: Verified) -> list[str]:
     state = "all good" if not found.damage else f"{len(found.damage)} damaged"
     checked = f"{_plural(found.models, 'model')}, {_plural(found.blobs, 'blob')}"
     return [*lines, f"checked {checked}, {bytes_text(found.nbytes)}: {state}"]
+
+
+def answer_json(text: str, last: Piece | None) -> dict[str, Any]:
+    """The result of `run` with a prompt."""
+    return {
+        "text": text,
+        "finish_reason": last.finish_reason if last else None,
+        "prompt_tokens": last.prompt_tokens if last else 0,
+        "generated_tokens": last.generated_tokens if last else 0,
+        "tokens_per_second": round(last.tokens_per_second, 2) if last else 0.0,
+    }
+
+
+def exported_json(exported: Exported) -> dict[str, Any]:
+    """The result of `export`."""
+    return {
+        "folder": str(exported.folder),
+        "shards": list(exported.shards),
+        "tensors": exported.tensors,
+        "bytes": exported.nbytes,
+    }
+
+
+def exported_lines(exported: Exported) -> list[str]:
+    """The result of `export` for people."""
+    shards = _plural(len(exported.shards), "file")
+    return [
+        f"wrote {_plural(exported.tensors, 'tensor')}, {bytes_text(exported.nbytes)}, "
+        f"in {shards} to {exported.folder}"
+    ]
+
+
+def doctor_lines(facts: dict[str, Any]) -> list[str]:
+    """The result of `doctor` for people."""
+    flat = {k: ", ".join(v) if isinstance(v, list) else str(v) for k, v in facts.items()}
+    width = max(map(len, flat))
+    return [f"{key.replace('_', ' ').ljust(width)}  {text}" for key, text in flat.items()]
 
 
 def removed_json(removed: Removed) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import os
 import shutil
 import stat
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -228,10 +228,11 @@ class Store:
         now, found = time.time(), []
         for entry in _scan(self.blobs):
             if entry.is_file(follow_symlinks=False):
-                info = entry.stat(follow_symlinks=False)
-                digest = _digest_or_none(entry.name)
-                age = max(0.0, now - info.st_mtime)
-                found.append(BlobFile(Path(entry.path), digest, info.st_size, age))
+                with suppress(FileNotFoundError):  # renamed or removed since the folder was read
+                    info = entry.stat(follow_symlinks=False)
+                    digest = _digest_or_none(entry.name)
+                    age = max(0.0, now - info.st_mtime)
+                    found.append(BlobFile(Path(entry.path), digest, info.st_size, age))
         return sorted(found, key=lambda b: b.path.name)
 
     # -- manifests ---------------------------------------------------------------------------------
@@ -258,8 +259,10 @@ class Store:
     def _read_manifest(self, path: Path, shown: str) -> Manifest:
         try:
             info = path.stat()
-            if not stat.S_ISREG(info.st_mode) or info.st_size > MAX_MANIFEST:
-                raise Corrupt(f"manifest of {shown} is not a file of acceptable size")
+            if not stat.S_ISREG(info.st_mode):  # not a model, as in `list_names`
+                raise FileNotFoundError
+            if info.st_size > MAX_MANIFEST:
+                raise Corrupt(f"manifest of {shown} has {info.st_size} bytes, too many to read")
             return parse_manifest(path.read_bytes(), shown)
         except (FileNotFoundError, NotADirectoryError):
             raise NotFound(
@@ -298,7 +301,11 @@ class Store:
                 break
 
     def list_names(self) -> list[StoredName]:
-        """Every name with a manifest, sorted; hidden and malformed names are passed over."""
+        """Every name with a manifest, sorted; hidden and malformed names are passed over.
+
+        Links are followed, as reading a manifest follows them: what a link leads to is a model, and
+        its blobs are in use.
+        """
         found = []
         for path in self._manifest_files():
             try:
@@ -310,18 +317,18 @@ class Store:
         return sorted(found, key=lambda s: s.name.parts)
 
     def _manifest_files(self) -> Iterator[Path]:
-        """Regular files four levels down; links are not followed."""
+        """Files four levels down."""
         folders = [self.manifests]
         for _ in range(3):
             folders = [
                 Path(entry.path)
                 for folder in folders
                 for entry in _scan(folder)
-                if entry.is_dir(follow_symlinks=False)
+                if _leads_to(entry, os.DirEntry.is_dir)
             ]
         for folder in folders:
             for entry in _scan(folder):
-                if entry.is_file(follow_symlinks=False):
+                if _leads_to(entry, os.DirEntry.is_file):
                     yield Path(entry.path)
 
     def stale_manifest_files(self) -> list[BlobFile]:
@@ -330,8 +337,10 @@ class Store:
         found = []
         for path in self._manifest_files():
             if path.name.startswith(TEMP_MANIFEST):
-                info = path.stat()
-                found.append(BlobFile(path, None, info.st_size, max(0.0, now - info.st_mtime)))
+                with suppress(FileNotFoundError):  # renamed or removed since the folder was read
+                    info = path.stat()
+                    age = max(0.0, now - info.st_mtime)
+                    found.append(BlobFile(path, None, info.st_size, age))
         return sorted(found, key=lambda b: b.path)
 
     # -- lock --------------------------------------------------------------------------------------
@@ -358,24 +367,34 @@ class Store:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             kind = fcntl.LOCK_EX | fcntl.LOCK_NB if exclusive else fcntl.LOCK_SH
-            try:
-                fcntl.flock(fd, kind)
-            except BlockingIOError:
-                raise Busy(
-                    f"another process is writing to {self.root}",
-                    hint="wait until it has finished, then run the command again",
-                ) from None
+            with translated(path):
+                try:
+                    fcntl.flock(fd, kind)
+                except BlockingIOError:
+                    raise Busy(
+                        f"another process is writing to {self.root}",
+                        hint="wait until it has finished, then run the command again",
+                    ) from None
             yield
         finally:
             os.close(fd)  # lets the lock go
 
 
 def _scan(folder: Path) -> list[os.DirEntry[str]]:
+    with translated(folder):
+        try:
+            with os.scandir(folder) as entries:
+                return list(entries)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+
+def _leads_to(entry: os.DirEntry[str], kind: Callable[[os.DirEntry[str]], bool]) -> bool:
+    """Whether an entry is of a kind, links followed; a link in a circle is of none."""
     try:
-        with os.scandir(folder) as entries:
-            return list(entries)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
+        return kind(entry)
+    except OSError:
+        return False
 
 
 def _digest_or_none(file_name: str) -> Digest | None:

@@ -6,22 +6,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from quantmill.errors import BadRequest, Corrupt
-from quantmill.formats import Format, mode_default, parse_format
+from quantmill.companions import LEGACY_KEY, Weight, gather
+from quantmill.errors import Corrupt
+from quantmill.formats import FLOAT_DTYPES, Format, mode_default
+from quantmill.quantparams import LOAD_BITS, LOAD_GROUPS, fitting, recorded
 from quantmill.tensorfile import TensorEntry, TensorFile
 
-# Endings of the parts of a quantized weight `<n>`: quantmill's and Ollama's, then mlx-lm's, whose
-# names replace `.weight` instead of following it.
-_SCALE, _BIAS, _GLOBAL = ".scale", ".bias", ".global_scale"
-_PLURAL_SCALE, _PLURAL_BIAS = ".scales", ".biases"
-
-LEGACY_KEY = "data"
-"""The only key of the oldest blobs, whose scales lie in blobs of their own."""
-
-_LOAD_BITS = (1, 2, 3, 4, 5, 6, 8)
-_LOAD_GROUPS = (16, 32, 64, 128)
-# 32-bit words of codes for each byte scale
-_FLOAT_RATIOS = {2: "nvfp4", 4: "mxfp4", 8: "mxfp8"}
+__all__ = ["LEGACY_KEY", "StoredTensor", "describe_blob", "recorded_format"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,26 +42,20 @@ def describe_blob(file: TensorFile, where: str) -> list[StoredTensor]:
     belong together: packed codes without scales, unknown types, shapes that no group size explains.
     """
     entries = file.entries
-    parts = {name: _companions(name, entries) for name in entries}
-    used = {e.name for found in parts.values() for e in found.values()}
-    return [_describe(n, parts[n], file, where) for n in entries if n not in used]
+    weights = {w.codes: w for w in gather(entries)[0].values()}
+    used = {part for w in weights.values() for part in w.companions}
+    parts = {n: _companions(weights.get(n), entries) for n in entries if n not in used}
+    return [_describe(name, found, file, where) for name, found in parts.items()]
 
 
-def _companions(name: str, entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
+def _companions(
+    weight: Weight | None, entries: Mapping[str, TensorEntry]
+) -> dict[str, TensorEntry]:
     """The scale, bias and global scale of a weight; {} for anything else."""
-    base = name.removesuffix(".weight")
-    names = {"scale": [name + _SCALE], "bias": [name + _BIAS], "global": [name + _GLOBAL]}
-    if base != name:
-        names["scale"].append(base + _PLURAL_SCALE)
-        names["bias"].append(base + _PLURAL_BIAS)
-    found = {
-        role: entries[candidate]
-        for role, candidates in names.items()
-        for candidate in reversed(candidates)
-        if candidate in entries
-    }
-    # without a scale, `<n>.bias` is a tensor in its own right
-    return found if "scale" in found else {}
+    if weight is None:
+        return {}
+    names = {"scale": weight.scale, "bias": weight.bias, "global": weight.global_scale}
+    return {role: entries[name] for role, name in names.items() if name is not None}
 
 
 def _describe(
@@ -80,7 +65,8 @@ def _describe(
     nbytes = weight.nbytes + sum(part.nbytes for part in parts.values())
     recorded = recorded_format(name, file.metadata, where)
     if not parts:
-        if weight.dtype == "U32" and len(weight.shape) > 1 and name != LEGACY_KEY:
+        packed = weight.dtype == "U32" and len(weight.shape) > 1 and name != LEGACY_KEY
+        if packed and (recorded is not None or name.endswith(".weight")):
             raise _bad(where, name, "packed codes without scales")
         if recorded is not None and f"{name}.quant_type" in file.metadata:
             raise _bad(where, name, f"recorded as {recorded.name} but has no scales")
@@ -95,42 +81,34 @@ def _describe(
 def recorded_format(name: str, metadata: Mapping[str, str], where: str) -> Format | None:
     """The format the metadata gives for a tensor: its own keys first, then those of the blob.
 
-    Raises Corrupt for a type that nothing is known about.
+    Raises Corrupt for a type that nothing is known about, or parameters it cannot have.
     """
-    kind = metadata.get(f"{name}.quant_type") or metadata.get("quant_type")
-    if not kind:
-        return None
-    group = metadata.get(f"{name}.group_size") or metadata.get("group_size") or ""
-    bits = metadata.get(f"{name}.bits") or metadata.get("bits") or ""
     try:
-        known = mode_default("affine") if kind.lower() == "affine" else parse_format(kind)
-    except BadRequest:
-        raise _bad(where, name, f"recorded type {kind!r} is unknown") from None
-    return Format(
-        known.mode,
-        int(bits) if bits.isdecimal() else known.bits,
-        int(group) if group.isdecimal() and int(group) else known.group_size,
-    )
+        said = recorded(name, metadata)
+    except Corrupt as error:
+        raise Corrupt(f"{where}: {error.message}", kind=error.kind) from None
+    if not said:
+        return None
+    mode = said[0].mode or "affine"
+    known = mode_default(mode)
+    found = Format(mode, said[0].bits or known.bits, said[0].group_size or known.group_size)
+    affine = found.bits in LOAD_BITS and found.group_size in LOAD_GROUPS
+    if not (affine if found.has_bias else found == known):
+        raise _bad(where, name, f"recorded type {found.name} g{found.group_size} does not exist")
+    return found
 
 
 def _inferred(weight: TensorEntry, parts: Mapping[str, TensorEntry], where: str) -> Format:
     """The one format that the shapes and the scales' dtype allow."""
     words, groups = _last(weight), _last(parts["scale"])
-    if parts["scale"].dtype == "U8":
-        mode = _FLOAT_RATIOS.get(words // groups if groups and words % groups == 0 else 0)
-        if mode is None:
-            raise _bad(where, weight.name, f"{words} words and {groups} byte scales fit no format")
-        return mode_default(mode)
-    fitting = [
-        Format("affine", bits, group)
-        for bits in _LOAD_BITS
-        for group in _LOAD_GROUPS
-        if words * 32 == groups * group * bits
-    ]
-    if len(fitting) != 1:
-        names = ", ".join(f"{f.name} g{f.group_size}" for f in fitting) or "no format"
+    in_bytes = parts["scale"].dtype == "U8"
+    found = fitting(words, groups, "U8" if in_bytes else "F32", has_bias=not in_bytes)
+    if in_bytes and not found:
+        raise _bad(where, weight.name, f"{words} words and {groups} byte scales fit no format")
+    if len(found) != 1:
+        names = ", ".join(f"{f.name} g{f.group_size}" for f in found) or "no format"
         raise _bad(where, weight.name, f"no type recorded; the shapes fit {names}")
-    return fitting[0]
+    return found[0]
 
 
 def _last(entry: TensorEntry) -> int:
@@ -150,7 +128,7 @@ def _check_parts(
             weight.name,
             f"{fmt.label}: codes {list(weight.shape)} and scales {list(scale.shape)} do not fit",
         )
-    if (scale.dtype == "U8") == fmt.has_bias:
+    if scale.dtype not in (FLOAT_DTYPES if fmt.has_bias else {"U8"}):
         raise _bad(where, weight.name, f"{fmt.name} cannot have {scale.dtype} scales")
     if fmt.has_bias != (bias is not None):
         raise _bad(where, weight.name, f"{fmt.name} {'needs' if fmt.has_bias else 'has no'} biases")

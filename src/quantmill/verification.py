@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from quantmill import mediatypes, strictjson
 from quantmill.digests import Digest
-from quantmill.errors import BadTensorFile, QuantmillError
+from quantmill.errors import BadTensorFile, Corrupt, NotFound, QuantmillError
 from quantmill.manifest import BlobRef
 from quantmill.names import ModelName, as_names
 from quantmill.store import Store
@@ -76,8 +76,6 @@ def verify(
 
 
 def _collect(store: Store, name: ModelName, work: _Work, *, strict: bool) -> None:
-    from quantmill.errors import Corrupt, NotFound
-
     try:
         manifest = store.get_manifest(name)
     except NotFound:
@@ -118,8 +116,7 @@ def _check_blob(store: Store, digest: Digest, work: _Work) -> None:
                 )
             )
             return
-        for _, ref in uses:
-            _check_ref(store, ref, size)
+        _check_uses(store, digest, size, work)
     except QuantmillError as error:
         kind = "blob_missing" if error.kind == "not_found" else error.kind
         what = f"blob {digest.short}{_called(uses)} is missing" if kind == "blob_missing" else (
@@ -128,19 +125,34 @@ def _check_blob(store: Store, digest: Digest, work: _Work) -> None:
         work.damage.append(Damage(kind, what, digest, models))
 
 
+def _check_uses(store: Store, digest: Digest, size: int, work: _Work) -> None:
+    """Each entry that names the blob; a finding names only the models it is about."""
+    found: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for model, ref in work.refs[digest]:
+        try:
+            _check_ref(store, ref, size)
+        except QuantmillError as error:
+            found[error.kind, error.message].add(model)
+    for (kind, message), models in found.items():
+        work.damage.append(Damage(kind, message, digest, tuple(sorted(models))))
+
+
 def _called(uses: list[tuple[str, BlobRef]]) -> str:
     names = sorted({ref.name for _, ref in uses if ref.name})
     return f" ({names[0]})" if names else ""
 
 
 def _check_ref(store: Store, ref: BlobRef, size: int) -> None:
-    from quantmill.errors import Corrupt
-
     shown = ref.name or ref.media_type
     if ref.size != size:
         raise Corrupt(f"{shown}: the manifest says {ref.size} bytes, the blob has {size}")
     if ref.media_type == mediatypes.TENSOR:
-        describe_ref(store, ref)
+        try:
+            describe_ref(store, ref)
+        except Corrupt as error:
+            # early blobs record no type; that shapes leave two open is no damage
+            if error.kind != "ambiguous_parameters":
+                raise
     elif ref.media_type in mediatypes.JSON_TYPES:
         try:
             strictjson.parse(store.read_blob(ref.digest, MAX_JSON), constants=True)
@@ -150,8 +162,6 @@ def _check_ref(store: Store, ref: BlobRef, size: int) -> None:
 
 def read_tensor_file(store: Store, ref: BlobRef) -> TensorFile:
     """The checked header of a tensor blob; raises NotFound or Corrupt."""
-    from quantmill.errors import Corrupt
-
     shown = ref.name or ref.digest.short
     size = store.blob_size(ref.digest)
     try:
@@ -168,10 +178,10 @@ def describe_ref(store: Store, ref: BlobRef) -> list[StoredTensor]:
 
     The entry's name must be that of its only weight, or the group its weights belong to.
     """
-    from quantmill.errors import Corrupt
-
     found = describe_blob(read_tensor_file(store, ref), ref.name or ref.digest.short)
     names = [t.name for t in found]
+    if not names:
+        raise Corrupt(f"entry {ref.name!r} holds no tensor", kind="bad_relation")
     if len(names) == 1 and names[0] not in {ref.name, LEGACY_KEY} and not _in_group(names[0], ref):
         raise Corrupt(f"entry {ref.name!r} holds tensor {names[0]!r}", kind="bad_relation")
     return found

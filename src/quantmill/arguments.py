@@ -1,0 +1,100 @@
+"""Options that several commands share, each defined once: name, help, completion."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+class Profile(StrEnum):
+    """Whose rounding is followed."""
+
+    MLX_CPU = "mlx-cpu"
+    GPU = "gpu"
+
+
+class Rounding(StrEnum):
+    """How mx exponents are rounded."""
+
+    CEIL = "ceil"
+    NEAREST = "nearest"
+
+
+# -- options that several commands share -----------------------------------------------------------
+
+_complete_dir: dict[str, Any] = {"file_okay": False, "dir_okay": True}
+
+
+def _complete_name(incomplete: str) -> list[str]:
+    """Names in the store, for shell completion."""
+    from quantmill.store import Store
+
+    names = [stored.name.display for stored in Store().list_names()]
+    return [name for name in names if name.startswith(incomplete)]
+
+
+def _complete_format(incomplete: str) -> list[str]:
+    from quantmill.formats import FORMAT_NAMES
+
+    return [name for name in FORMAT_NAMES if name.startswith(incomplete)]
+
+
+StoreOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--store",
+        help="Store directory. Else QUANTMILL_STORE, OLLAMA_MODELS, ~/.ollama/models.",
+        **_complete_dir,
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+QuantizeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--quantize",
+        "-q",
+        metavar="FORMAT",
+        help="int4, int8, nvfp4, mxfp4, mxfp8 or affine-2, -3, -5, -6. "
+        "Without it weights keep their precision.",
+        autocompletion=_complete_format,
+    ),
+]
+GroupOption = Annotated[
+    int | None,
+    typer.Option("--group-size", metavar="N", help="Affine formats: weights per scale (64)."),
+]
+TensorOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tensor",
+        metavar="PATTERN=FORMAT",
+        help="Format of tensors whose name fits the pattern; `keep` means source precision. "
+        "May be given more than once, the last fitting rule wins.",
+    ),
+]
+RoundingOption = Annotated[
+    Rounding, typer.Option("--e8m0", help="Rounding of mxfp4 and mxfp8 scale exponents.")
+]
+ProfileOption = Annotated[
+    Profile, typer.Option("--profile", help="Whose rounding to follow: MLX's on a CPU or a GPU.")
+]
+GlobalScaleOption = Annotated[
+    bool, typer.Option("--global-scale", help="Give nvfp4 tensors a scale of their own as well.")
+]
+NonFiniteOption = Annotated[
+    bool, typer.Option("--allow-non-finite", help="Quantize weights that hold NaN or infinity.")
+]
+LinksOption = Annotated[
+    bool, typer.Option("--follow-links", help="Read links that lead out of the checkpoint.")
+]
+QuietOption = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]
+NameArgument = Annotated[str, typer.Argument(metavar="NAME", autocompletion=_complete_name)]
+OptionalNameArgument = Annotated[
+    str | None, typer.Argument(metavar="[NAME]", autocompletion=_complete_name)
+]
+NamesArgument = Annotated[
+    list[str], typer.Argument(metavar="NAME...", autocompletion=_complete_name)
+]

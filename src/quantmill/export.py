@@ -1,0 +1,202 @@
+"""Export: a stored model as a directory that other tools open.
+
+`mlx-lm`: parameter names, per-module quantization in config.json, shards with an index, as
+`mlx_lm.load` reads them. `hf`: decoded safetensors under the stored names.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from quantmill import mlxlm
+from quantmill.errors import BadRequest
+from quantmill.files import translated
+from quantmill.formats import DTYPE_BYTES, Format
+from quantmill.load import Model
+from quantmill.source import CONFIG, INDEX
+from quantmill.tensorfile import lay_out
+
+SHARD_BYTES = 5 << 30
+"""A shard is closed before it would grow beyond this; a larger tensor has one of its own."""
+
+TARGETS = ("mlx-lm", "hf")
+
+_TAGS = {
+    mx.bfloat16: "BF16", mx.float16: "F16", mx.float32: "F32", mx.uint8: "U8", mx.uint16: "U16",
+    mx.uint32: "U32", mx.uint64: "U64", mx.int8: "I8", mx.int16: "I16", mx.int32: "I32",
+    mx.int64: "I64", mx.bool_: "BOOL", mx.complex64: "C64",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """What was written: shard file names, tensors and bytes of tensor data."""
+
+    folder: Path
+    shards: tuple[str, ...]
+    tensors: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    """A tensor to write: the array is made when its turn comes and let go of afterwards."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    array: Callable[[], mx.array]
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * DTYPE_BYTES[self.dtype]
+
+
+def export(
+    model: Model, folder: str | Path, to: str, *, shard_bytes: int = SHARD_BYTES
+) -> Exported:
+    """Write an open model into a new directory, in the layout `to` ("mlx-lm" or "hf").
+
+    Everything is written beside the directory first and renamed at the end: an interrupted export
+    leaves no half directory. Tensors go through memory one at a time. Raises BadRequest when the
+    directory is there already, BadPlan for what the layout cannot hold.
+    """
+    target = Path(folder)
+    if to not in TARGETS:
+        raise BadRequest(f"unknown layout {to!r}", hint=f"choose {' or '.join(TARGETS)}")
+    if target.exists():
+        raise BadRequest(f"{target} is there already", hint="name a directory that is not")
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    with translated(target):
+        partial.mkdir(parents=True)
+    try:
+        written = _write_mlx_lm(model, partial, shard_bytes) if to == "mlx-lm" else _write_hf(
+            model, partial, shard_bytes
+        )  # fmt: skip
+        with translated(target):
+            partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return Exported(target, *written)
+
+
+_Written = tuple[tuple[str, ...], int, int]
+
+
+def _write_mlx_lm(model: Model, folder: Path, shard_bytes: int) -> _Written:
+    target, config = mlxlm.empty_model(model)
+    named = mlxlm.named_for(model, target, keep_global=True)
+    tensors = [_lazy(name, array) for name, array in sorted(named.weights.items())]
+    logical = sum(_logical(t, named.formats) for t in tensors)
+    mlxlm.write_files(model, folder)
+    # mlx-lm leaves these out as well: they name a place, or a tower that its classes drop
+    kept = {k: v for k, v in config.items() if k not in {"_name_or_path", "vision_config"}}
+    if named.formats:
+        kept["quantization"] = mlxlm.quantization_config(target, named.formats)
+        kept["quantization_config"] = kept["quantization"]
+    _write_json(folder / CONFIG, dict(sorted(kept.items())))
+    return _write_shards(folder, tensors, shard_bytes, {"total_parameters": logical})
+
+
+def _logical(tensor: _Tensor, formats: Mapping[str, Format]) -> int:
+    """Weights in a tensor; scales and quantization biases are not weights."""
+    path, _, kind = tensor.name.rpartition(".")
+    fmt = formats.get(path)
+    if fmt is None or kind == "bias":
+        return int(np.prod(tensor.shape, dtype=np.int64))
+    if kind != "weight":
+        return 0
+    return int(np.prod(tensor.shape[:-1], dtype=np.int64)) * fmt.columns(tensor.shape[-1])
+
+
+def _write_hf(model: Model, folder: Path, shard_bytes: int) -> _Written:
+    tensors = [t for name in model for t in _decoded(model, name)]
+    mlxlm.write_files(model, folder)
+    config = {
+        k: v for k, v in model.config.items() if k not in {"quantization", "quantization_config"}
+    }
+    _write_json(folder / CONFIG, config)
+    (folder / "quantization_config.json").unlink(missing_ok=True)
+    return _write_shards(folder, tensors, shard_bytes, {})
+
+
+def _decoded(model: Model, name: str) -> Iterator[_Tensor]:
+    """The weight as floats; a stack of experts as the single experts it was made of."""
+    params, shape = model.params(name), model.shape(name)
+    if params is None:
+        dtype = model.dtype(name)
+    else:
+        dtype = model.scale_dtype(name) if params.format.has_bias else "BF16"
+    stack = mlxlm.stack_name(name) if len(shape) == 3 else None
+    if stack is None:
+        yield _Tensor(name, dtype, shape, lambda: model.dequantize(name))
+        return
+    for index in range(shape[0]):
+        yield _Tensor(
+            f"{stack[0]}.{index}.{stack[1]}.weight",
+            dtype,
+            shape[1:],
+            lambda i=index: model.dequantize(name, i),  # type: ignore[misc]
+        )
+
+
+def _lazy(name: str, array: mx.array) -> _Tensor:
+    return _Tensor(name, _TAGS[array.dtype], tuple(array.shape), lambda: array)
+
+
+def _write_shards(
+    folder: Path, tensors: Iterable[_Tensor], shard_bytes: int, metadata: Mapping[str, int]
+) -> _Written:
+    shards: list[list[_Tensor]] = []
+    size = 0
+    for tensor in tensors:
+        if not shards or size + tensor.nbytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.nbytes
+    names = [
+        "model.safetensors"
+        if len(shards) == 1
+        else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        for i in range(1, len(shards) + 1)
+    ]
+    weight_map: dict[str, str] = {}
+    for file, shard in zip(names, shards, strict=True):
+        _write_shard(folder / file, shard)
+        weight_map |= {tensor.name: file for tensor in shard}
+    total = sum(t.nbytes for shard in shards for t in shard)
+    index = {
+        "metadata": {"total_size": total, **metadata},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
+    _write_json(folder / INDEX, index)
+    return tuple(names), len(weight_map), total
+
+
+def _write_shard(path: Path, tensors: list[_Tensor]) -> None:
+    header, _ = lay_out([(t.name, t.dtype, t.shape) for t in tensors], {"format": "mlx"})
+    with translated(path), path.open("wb") as file:
+        file.write(header)
+        for tensor in tensors:
+            array = tensor.array()
+            if array.dtype == mx.bfloat16:
+                array = array.view(mx.uint16)
+            file.write(np.ascontiguousarray(np.asarray(array)).data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _write_json(path: Path, document: Any) -> None:
+    with translated(path):
+        path.write_text(json.dumps(document, indent=4) + "\n", encoding="utf-8")

@@ -1,0 +1,593 @@
+"""The store on disk: what is named when, what a failure leaves, who may work at the same time."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fakes import FaultyDisk, files, finished, put, put_model, write_file, writer_elsewhere
+from quantmill import store as store_module
+from quantmill.digests import Digest, digest_of, parse_digest
+from quantmill.errors import Busy, Corrupt, NoSpace, NotFound, QuantmillError, StoreError
+from quantmill.manifest import MAX_MANIFEST
+from quantmill.names import parse_name
+from quantmill.store import LOCK_FILE, Store, default_root
+from vectors import cases
+
+NAME = parse_name("m")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+# -- vectors ---------------------------------------------------------------------------------------
+
+
+@cases("model_name", "list")
+def test_listed_names_equal_the_vectors(case: dict[str, Any], store: Store) -> None:
+    """Of the manifest paths that are there, the valid names are listed, sorted."""
+    for path in case["input"]["paths"]:
+        write_file(store.manifests / path)
+    found = [str(stored.name) for stored in store.list_names()]
+    assert sorted(found) == sorted(case["expect"]["names"])
+
+
+@cases("model_name", "put")
+def test_stored_blobs_equal_the_vectors(case: dict[str, Any], store: Store) -> None:
+    """A committed blob has the digest, the size and the path of the vector."""
+    data = bytes.fromhex(case["input"]["data_hex"])
+    blob = finished(store, data)
+    store.commit([blob])
+    expect = case["expect"]
+    assert (str(blob.digest), blob.size) == (expect["digest"], expect["size"])
+    assert (store.root / expect["path"]).read_bytes() == data
+
+
+@cases("model_name", "dirs")
+def test_folders_equal_the_vectors(case: dict[str, Any]) -> None:
+    """Blobs and manifests lie in the folders of the vector."""
+    found = Store(case["input"]["models_dir"])
+    assert found.manifests.as_posix() == case["expect"]["manifests"]
+    assert found.blobs.as_posix() == case["expect"]["blobs"]
+
+
+# -- where the store is ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("environ", "root"),
+    [
+        ({"QUANTMILL_STORE": "q", "OLLAMA_MODELS": "o"}, Path("q")),
+        ({"OLLAMA_MODELS": "o"}, Path("o")),
+        ({"QUANTMILL_STORE": "", "OLLAMA_MODELS": "o"}, Path("o")),
+        ({"QUANTMILL_STORE": "~/q"}, Path("home/q")),
+        ({}, Path("home/.ollama/models")),
+    ],
+)
+def test_the_environment_names_the_root(
+    environ: dict[str, str], root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """QUANTMILL_STORE wins over OLLAMA_MODELS, which wins over the home; empty means not set."""
+    monkeypatch.setenv("HOME", "home")
+    assert default_root(environ) == root
+
+
+def test_free_space_is_known_before_the_store_exists(store: Store) -> None:
+    """The file system that will hold the store is asked."""
+    assert store.free_bytes()
+    assert not store.root.exists()
+
+
+# -- blobs -----------------------------------------------------------------------------------------
+
+
+def test_a_blob_is_readable_by_all(store: Store) -> None:
+    """Blobs have mode 0644, as Ollama writes them."""
+    (ref,) = put(store, b"abc")
+    assert store.blob_path(ref.digest).stat().st_mode & 0o777 == 0o644
+
+
+def test_a_blob_has_no_name_before_commit(store: Store) -> None:
+    """A finished blob lies under a temporary name."""
+    blob = finished(store, b"abc")
+    assert [b.digest for b in store.list_blobs()] == [None]
+    assert not store.blob_path(blob.digest).exists()
+
+
+def test_a_blob_written_in_pieces_is_one(store: Store) -> None:
+    """Pieces of any kind of buffer are joined and hashed together."""
+    with store.new_blob() as writer:
+        for piece in (b"ab", memoryview(b"cd"), memoryview(bytearray(8)).cast("I")):
+            writer.write(piece)
+        blob = writer.finish()
+    assert (blob.digest, blob.size) == (digest_of(b"abcd" + bytes(8)), 12)
+
+
+def test_a_blob_that_is_there_is_kept_and_touched(store: Store) -> None:
+    """A second copy leaves the first in place and refreshes its time."""
+    (ref,) = put(store, b"abc")
+    path = store.blob_path(ref.digest)
+    os.utime(path, (0, 0))
+    inode = path.stat().st_ino
+    assert store.commit([finished(store, b"abc")]) == 0
+    assert path.stat().st_ino == inode
+    assert path.stat().st_mtime > 0
+
+
+def test_a_blob_of_another_size_is_replaced(store: Store) -> None:
+    """A file that is too short for its name is damaged and gives way."""
+    (ref,) = put(store, b"abc")
+    store.blob_path(ref.digest).write_bytes(b"ab")
+    assert store.commit([finished(store, b"abc")]) == 1
+    assert store.read_blob(ref.digest, 3) == b"abc"
+
+
+def test_a_link_in_place_of_a_blob_is_replaced(store: Store, tmp_path: Path) -> None:
+    """A link is not the blob, whatever it leads to."""
+    (ref,) = put(store, b"abc")
+    path = store.blob_path(ref.digest)
+    path.unlink()
+    path.symlink_to(write_file(tmp_path / "elsewhere", b"abc"))
+    store.commit([finished(store, b"abc")])
+    assert not path.is_symlink()
+
+
+def test_equal_blobs_of_a_batch_are_stored_once(store: Store) -> None:
+    """The same content twice in one commit gives one new file and no leftover."""
+    assert store.commit([finished(store, b"abc"), finished(store, b"abc")]) == 1
+    assert len(store.list_blobs()) == 1
+
+
+def test_an_abandoned_writer_leaves_nothing(store: Store) -> None:
+    """Leaving the context before `finish` removes the file."""
+    with store.new_blob() as writer:
+        writer.write(b"abc")
+    assert files(store) == {}
+
+
+def test_a_failing_writer_leaves_nothing(store: Store) -> None:
+    """An exception inside the context removes the file and passes through."""
+    with pytest.raises(ZeroDivisionError), store.new_blob() as writer:
+        writer.write(bytes(1 // 0))
+    assert files(store) == {}
+
+
+def test_discarded_blobs_are_gone(store: Store) -> None:
+    """Finished blobs that will not be committed can be removed."""
+    store.discard([finished(store, b"a"), finished(store, b"b")])
+    assert files(store) == {}
+
+
+def test_a_finished_blob_takes_no_more(store: Store) -> None:
+    """Writing after `finish` is a mistake of the programmer."""
+    with store.new_blob() as writer:
+        writer.finish()
+        with pytest.raises(ValueError, match="finished"):
+            writer.write(b"abc")
+
+
+def test_a_file_of_the_wrong_length_is_not_accepted(store: Store) -> None:
+    """When the file system lost bytes, `finish` notices and nothing remains."""
+    with store.new_blob() as writer:
+        writer.write(b"abc")
+        next(store.blobs.iterdir()).write_bytes(b"ab")
+        with pytest.raises(Corrupt, match="wrote 3 bytes"):
+            writer.finish()
+    assert files(store) == {}
+
+
+def test_blobs_are_read_up_to_a_limit(store: Store) -> None:
+    """A blob larger than the caller expects is refused, not read."""
+    (ref,) = put(store, b"abc")
+    with pytest.raises(Corrupt, match="3 bytes; 2 is the limit"):
+        store.read_blob(ref.digest, 2)
+
+
+def test_a_blob_that_ends_early_is_corrupt(store: Store) -> None:
+    """Asking for bytes beyond the end is an error that says where the blob ends."""
+    (ref,) = put(store, b"abc")
+    with pytest.raises(Corrupt, match="ends at byte 3, 5 are needed"):
+        list(store.blob_chunks(ref.digest, 1, 5))
+
+
+def test_chunks_join_to_the_range(store: Store) -> None:
+    """A range is read in pieces of at most the given size."""
+    (ref,) = put(store, b"abcdefgh")
+    assert list(store.blob_chunks(ref.digest, 1, 6, chunk=2)) == [b"bc", b"de", b"f"]
+
+
+def test_a_missing_blob_is_not_found(store: Store) -> None:
+    """The size of a blob that is not there is NotFound."""
+    with pytest.raises(NotFound):
+        store.blob_size(Digest("0" * 64))
+
+
+def test_a_folder_is_no_blob(store: Store) -> None:
+    """A folder under a blob's name is corrupt."""
+    digest = Digest("0" * 64)
+    store.blob_path(digest).mkdir(parents=True)
+    with pytest.raises(Corrupt, match="not a regular file"):
+        store.blob_size(digest)
+
+
+def test_old_blob_names_are_understood(store: Store) -> None:
+    """Files named with a colon, as old Ollama versions wrote them, are blobs of that digest."""
+    write_file(store.blobs / f"sha256:{'A' * 64}")
+    assert [b.digest for b in store.list_blobs()] == [parse_digest(f"sha256:{'a' * 64}")]
+
+
+def vanishing(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
+    """Let `path` be removed right after the folder it lies in has been read."""
+    scan = store_module._scan
+
+    def scan_and_remove(folder: Path) -> list[os.DirEntry[str]]:
+        found = scan(folder)
+        if folder == path.parent:
+            path.unlink(missing_ok=True)
+        return found
+
+    monkeypatch.setattr(store_module, "_scan", scan_and_remove)
+
+
+def test_a_blob_may_vanish_while_blobs_are_listed(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that another process renames or removes meanwhile is passed over."""
+    kept, gone = put(store, b"abc", b"def")
+    vanishing(monkeypatch, store.blob_path(gone.digest))
+    assert [b.digest for b in store.list_blobs()] == [kept.digest]
+
+
+# -- names -----------------------------------------------------------------------------------------
+
+
+def test_names_take_the_spelling_that_is_there(store: Store) -> None:
+    """A name that differs in case alone means the existing model, part by part."""
+    write_file(store.manifests / "Host/NS/Model/Tag")
+    assert store.spelling(parse_name("host/ns/MODEL:other")).path == "Host/NS/Model/other"
+
+
+def test_an_exact_spelling_wins(store: Store) -> None:
+    """Where two spellings exist, each is reached by its own."""
+    for path in ("h/n/M/t", "h/n/m/t"):
+        write_file(store.manifests / path)
+    assert store.spelling(parse_name("h/n/m:t")).model == "m"
+
+
+def test_putting_another_spelling_replaces_the_model(store: Store) -> None:
+    """There is one model after a name was put twice in different case."""
+    put_model(store, "Model:Tag", b"1")
+    raw = put_model(store, "mODEL:tAG", b"2")
+    assert [s.name.display for s in store.list_names()] == ["Model:Tag"]
+    assert store.get_manifest(parse_name("model:tag")).raw == raw
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "h/n/m/.DS_Store",
+        "h/n/m/.tmp-0123",
+        "h/n/.m/t",
+        "h/n/m/a tag",
+        "h/na.me/m/t",
+        "h/n/m",
+        "h/n/m/t/deeper",
+    ],
+)
+def test_files_that_are_no_manifests_are_not_listed(path: str, store: Store) -> None:
+    """Hidden files, invalid names and other depths are passed over."""
+    write_file(store.manifests / path)
+    assert store.list_names() == []
+
+
+def test_models_behind_links_are_listed(store: Store, tmp_path: Path) -> None:
+    """A linked folder and a linked file are models: reading follows links, so listing does."""
+    target = write_file(tmp_path / "n/m/t")
+    (store.manifests / "h/n/m").mkdir(parents=True)
+    (store.manifests / "h/n/m/t").symlink_to(target)
+    (store.manifests / "linked").symlink_to(tmp_path)
+    assert [s.name.path for s in store.list_names()] == ["h/n/m/t", "linked/n/m/t"]
+
+
+def test_links_in_a_circle_are_passed_over(store: Store) -> None:
+    """A link to itself lists nothing and ends."""
+    store.manifests.mkdir(parents=True)
+    (store.manifests / "h").symlink_to(store.manifests / "h")
+    assert store.list_names() == []
+
+
+def test_a_manifest_may_vanish_while_names_are_listed(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that is removed meanwhile is passed over."""
+    put_model(store, "m", b"1")
+    vanishing(monkeypatch, store.manifest_path(NAME))
+    assert store.list_names() == []
+
+
+def test_an_unreadable_folder_is_an_error_of_the_store(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store that belongs to another user is refused in words, not as if it were empty."""
+
+    def refuse(folder: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(StoreError, match="Permission denied") as caught:
+        store.list_names()
+    assert caught.value.kind == "io"
+
+
+# -- manifests -------------------------------------------------------------------------------------
+
+
+def test_a_missing_model_is_not_found(store: Store) -> None:
+    """NotFound names the model as the user knows it."""
+    with pytest.raises(NotFound, match="no model named m:latest"):
+        store.get_manifest(NAME)
+
+
+def test_a_folder_is_no_model(store: Store) -> None:
+    """A folder in place of a manifest is not found, as it is not listed."""
+    store.manifest_path(NAME).mkdir(parents=True)
+    with pytest.raises(NotFound):
+        store.get_manifest(NAME)
+
+
+def test_a_file_in_place_of_a_folder_is_not_found(store: Store) -> None:
+    """A path that leads through a file holds no model."""
+    write_file(store.manifests / "registry.ollama.ai/library")
+    with pytest.raises(NotFound):
+        store.get_manifest(NAME)
+
+
+def test_an_oversize_manifest_is_corrupt(store: Store) -> None:
+    """A manifest beyond the limit is refused before it is read."""
+    path = write_file(store.manifest_path(NAME))
+    os.truncate(path, MAX_MANIFEST + 1)
+    with pytest.raises(Corrupt, match=f"manifest of m:latest has {MAX_MANIFEST + 1} bytes"):
+        store.get_manifest(NAME)
+
+
+def test_an_unreadable_manifest_is_corrupt(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A manifest that the system will not read is corrupt, not missing."""
+    put_model(store, "m", b"1")
+
+    def refuse(path: Path) -> bytes:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(Corrupt, match="manifest of m:latest: Permission denied"):
+        store.get_manifest(NAME)
+
+
+def test_a_manifest_that_is_not_json_is_corrupt(store: Store) -> None:
+    """Corrupt names the model and what is wrong."""
+    write_file(store.manifest_path(NAME), b"{oops")
+    with pytest.raises(Corrupt, match="manifest of m:latest"):
+        store.get_manifest(NAME)
+
+
+def test_removing_a_manifest_removes_empty_folders(store: Store) -> None:
+    """Folders that held nothing else go too; the manifests folder and siblings stay."""
+    for path in ("h/n/m/t", "h/other/m/t"):
+        write_file(store.manifests / path)
+    store.remove_manifest(parse_name("h/n/m:t"))
+    assert [p.name for p in (store.manifests / "h").iterdir()] == ["other"]
+    store.remove_manifest(parse_name("h/other/m:t"))
+    assert list(store.manifests.iterdir()) == []
+
+
+def test_removing_a_missing_manifest_is_not_found(store: Store) -> None:
+    """NotFound, as for reading."""
+    with pytest.raises(NotFound):
+        store.remove_manifest(NAME)
+
+
+def test_unfinished_manifests_are_found(store: Store) -> None:
+    """Temporary files of an interrupted `put_manifest` can be listed for removal."""
+    left = write_file(store.manifest_path(NAME).parent / ".tmp-01")
+    assert [f.path for f in store.stale_manifest_files()] == [left]
+
+
+# -- order of operations ---------------------------------------------------------------------------
+
+
+def test_blobs_are_synced_before_any_is_named(store: Store) -> None:
+    """Commit syncs every file, then renames every file, then syncs the folder once."""
+    blobs = [finished(store, data) for data in (b"a", b"b", b"c")]
+    disk = FaultyDisk()
+    Store(store.root, disk).commit(blobs)
+    assert disk.operations == ["sync"] * 3 + ["rename"] * 3 + ["sync_folder"]
+    assert [path for _, path in disk.done[:3]] == [blob.path for blob in blobs]
+    assert disk.done[-1][1] == store.blobs
+
+
+def test_a_manifest_is_synced_before_it_is_named(store: Store) -> None:
+    """A manifest is written beside its place, closed, synced, renamed, and the folder synced."""
+    put_model(store, "m", b"1")
+    disk = FaultyDisk()
+    Store(store.root, disk).put_manifest(NAME, b"{}")
+    target = store.manifest_path(NAME)
+    assert disk.operations == ["create", "write", "close", "sync", "rename", "sync_folder"]
+    assert disk.done[3][1].parent == target.parent
+    assert disk.done[4:] == [("rename", target), ("sync_folder", target.parent)]
+
+
+def test_new_folders_are_synced_into_their_parents(store: Store) -> None:
+    """Each folder that is created is made durable before a file is put into it."""
+    disk = FaultyDisk()
+    Store(store.root, disk).put_manifest(NAME, b"{}")
+    folders = [path for operation, path in disk.done if operation == "make_folder"]
+    synced = [path for operation, path in disk.done if operation == "sync"]
+    assert store.manifest_path(NAME).parent in folders
+    assert {folder.parent for folder in folders} <= set(synced)
+    assert disk.operations.index("write") > max(
+        at for at, (operation, _) in enumerate(disk.done) if operation == "make_folder"
+    )
+
+
+# -- failures --------------------------------------------------------------------------------------
+
+OLD, NEW = (b"{}", b"old blob"), (b"{}", b"new blob", b"another")
+
+
+def operations_of(action: Callable[[Store], object], root: Path) -> int:
+    """How many disk operations an action takes."""
+    disk = FaultyDisk()
+    action(Store(root, disk))
+    return len(disk.done)
+
+
+def put_old(root: Path) -> bytes:
+    return put_model(Store(root), "m", *OLD)
+
+
+def put_new(store: Store) -> bytes:
+    return put_model(store, "m", *NEW)
+
+
+def check_whole(store: Store, *allowed: bytes | None) -> None:
+    """The store shows exactly one of the allowed manifests, with all its blobs intact."""
+    names = [stored.name.display for stored in store.list_names()]
+    assert names in ([], ["m:latest"])
+    found = store.get_manifest(NAME) if names else None
+    assert (found.raw if found else None) in allowed
+    for ref in found.all_refs() if found else ():
+        assert store.hash_blob(ref.digest) == ref.digest
+
+
+@pytest.mark.parametrize("former", [False, True], ids=["new", "replacing"])
+@pytest.mark.parametrize("forever", [False, True], ids=["once", "from there on"])
+def test_any_failing_operation_leaves_the_model_before_or_after(
+    tmp_path: Path, forever: bool, former: bool
+) -> None:
+    """Whichever disk operation fails, the model is the old or the new one and a retry completes."""
+
+    def root_of(label: object) -> Path:
+        root = tmp_path / str(label)
+        if former:
+            put_old(root)
+        return root
+
+    before = put_old(tmp_path / "old") if former else None
+    after = put_new(Store(tmp_path / "new"))
+    for number in range(operations_of(put_new, root_of("count"))):
+        root = root_of(number)
+        with pytest.raises(StoreError):
+            put_new(Store(root, FaultyDisk(number, forever=forever)))
+        check_whole(Store(root), before, after)
+        assert put_new(Store(root)) == after
+        check_whole(Store(root), after)
+
+
+def test_a_manifest_that_fails_leaves_the_old_one(store: Store) -> None:
+    """Until the rename, every failure while replacing a manifest leaves the old bytes."""
+    before = put_model(store, "m", *OLD)
+    for number in range(5):  # create, write, close, sync, rename
+        with pytest.raises(StoreError):
+            Store(store.root, FaultyDisk(number)).put_manifest(NAME, b"{}")
+        assert store.get_manifest(NAME).raw == before
+        assert store.stale_manifest_files() == []
+
+
+@pytest.mark.parametrize("renames", [False, True], ids=["renames kept", "renames lost"])
+def test_a_power_cut_leaves_the_model_before_or_after(tmp_path: Path, renames: bool) -> None:
+    """What was not synced may be lost at any moment, and the model is still the old or the new."""
+    before, after = put_old(tmp_path / "old"), put_new(Store(tmp_path / "new"))
+    put_old(tmp_path / "count")
+    for number in range(operations_of(put_new, tmp_path / "count") + 1):
+        root = tmp_path / str(number)
+        put_old(root)
+        disk = FaultyDisk(number, forever=True)
+        try:
+            put_new(Store(root, disk))
+        except StoreError:
+            disk.lose_unsynced(renames=renames)
+            check_whole(Store(root), before, after)
+        else:
+            disk.lose_unsynced(renames=renames)
+            check_whole(Store(root), after)
+
+
+def full(fd: int, data: memoryview) -> int:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_is_no_space(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ENOSPC while writing a blob exits with 4, says what to do and leaves nothing."""
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(NoSpace, match="No space left") as caught:
+        put(store, b"abc")
+    assert (caught.value.exit_code, caught.value.kind) == (4, "no_space")
+    assert caught.value.hint
+    assert files(store) == {}
+
+
+def test_a_disk_that_fills_up_on_the_manifest_keeps_the_old_one(store: Store) -> None:
+    """ENOSPC while writing the manifest leaves no temporary file and the former model."""
+    before = put_model(store, "m", b"1")
+    shown = files(store)
+    disk = FaultyDisk(1, code=errno.ENOSPC)
+    with pytest.raises(NoSpace):
+        Store(store.root, disk).put_manifest(NAME, b"{}")
+    assert disk.done[1][0] == "write"
+    assert files(store) == shown
+    assert store.get_manifest(NAME).raw == before
+
+
+# -- company ---------------------------------------------------------------------------------------
+
+WRITE = "import sys; from quantmill.store import Store\nwith Store(sys.argv[1]).writing(): pass"
+
+
+def test_removing_is_refused_while_another_process_writes(store: Store) -> None:
+    """A remover does not wait for a writer: Busy, at once."""
+    with writer_elsewhere(store.root), pytest.raises(Busy), store.removing():
+        pass
+
+
+def test_removing_is_possible_when_the_writer_is_done(store: Store) -> None:
+    """The lock goes with the process that held it."""
+    with writer_elsewhere(store.root):
+        pass
+    with store.removing():
+        assert (store.root / LOCK_FILE).exists()
+
+
+def test_two_processes_may_write_at_once(store: Store) -> None:
+    """Writers do not exclude each other."""
+    with writer_elsewhere(store.root):
+        command = [sys.executable, "-c", WRITE, str(store.root)]
+        done = subprocess.run(command, timeout=60, check=False)
+    assert done.returncode == 0
+
+
+def test_a_remover_excludes_other_removers(store: Store) -> None:
+    """Two removals at once: the second is Busy."""
+    with store.removing(), pytest.raises(Busy), store.removing():
+        pass
+
+
+def test_a_lock_that_cannot_be_had_is_an_error_of_the_store(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file system without locks is named in a StoreError."""
+    import fcntl
+
+    def refuse(fd: int, kind: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(QuantmillError, match="No locks available"), store.writing():
+        pass
