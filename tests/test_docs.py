@@ -17,10 +17,12 @@ ELLIPSIS = "…"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, minilm: Path) -> Path:
-    """A directory with the checkpoint under the name the README uses."""
+def folder(tmp_path_factory: pytest.TempPathFactory, minilm: Path, smollm: Path) -> Path:
+    """A directory with the models under the names the README uses."""
+    pytest.importorskip("mlx_lm", reason="mlx-lm is not installed (quantmill[run])")
     found = tmp_path_factory.mktemp("readme")
     (found / "all-MiniLM-L6-v2").symlink_to(minilm)
+    (found / "SmolLM2-135M-Instruct.gguf").symlink_to(smollm)
     return found
 
 
@@ -56,12 +58,14 @@ def test_the_readme_commands_print_what_it_shows(folder: Path) -> None:
             printed = run_in(folder, command)
             assert re.fullmatch(pattern(expected), printed), f"{command}\n{printed}"
             commands += 1
-    assert commands == 5
+    assert commands == 7
 
 
-def test_the_readme_program_runs(folder: Path) -> None:
-    """The Python example of the README runs as it stands."""
-    programs = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+@pytest.mark.parametrize("page", ["README.md", "docs/loading.md"])
+def test_the_programs_of_a_page_run(folder: Path, page: str) -> None:
+    """The Python examples run as they stand."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    programs = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert programs
     for program in programs:
         run_in(folder, [sys.executable, "-c", program])

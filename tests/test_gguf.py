@@ -194,6 +194,7 @@ def test_other_architectures_come_back_bit_for_bit(
     )
     with open_gguf(path) as opened:
         assert list(opened.source.tensors) == sorted(expected)
+        assert {t.dtype for t in opened.source.tensors.values()} == {"BF16"}
         for name, (_, values) in expected.items():
             close = np.abs(floats(opened, name) - values)
             # adding 1 costs a norm its smallest bits

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from quantmill.execute import Progress
     from quantmill.facts import list_models, show
     from quantmill.formats import Format, parse_format
+    from quantmill.load import Model, open_model
     from quantmill.modelfile import parse_modelfile
     from quantmill.names import ModelName, parse_name
     from quantmill.planner import parse_override
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Created": "creation",
     "Format": "formats",
+    "Model": "load",
     "ModelName": "names",
     "Options": "plans",
     "Plan": "plans",
@@ -39,6 +41,7 @@ _HOMES = {
     "copy": "pruning",
     "create": "creation",
     "list_models": "facts",
+    "open_model": "load",
     "parse_format": "formats",
     "parse_modelfile": "modelfile",
     "parse_name": "names",
@@ -56,6 +59,7 @@ _HOMES = {
 __all__ = [
     "Created",
     "Format",
+    "Model",
     "ModelName",
     "Options",
     "Plan",
@@ -66,6 +70,7 @@ __all__ = [
     "copy",
     "create",
     "list_models",
+    "open_model",
     "parse_format",
     "parse_modelfile",
     "parse_name",
