@@ -100,7 +100,7 @@ class Checkpoint:
         """Fill `buffer` with the tensor's bytes from `offset` on; raises BadSource if they end."""
         opened, done = self._files[tensor.file], 0
         while done < len(buffer):
-            count = os.preadv(opened.fd, [buffer[done:]], tensor.start + offset + done)
+            count = _read_at(opened.fd, buffer[done:], tensor.start + offset + done)
             if count == 0:
                 raise _changed(tensor.file)
             done += count
@@ -401,6 +401,15 @@ def _cannot_open(name: str, error: Exception) -> BadSource:
         kind="missing_shard" if absent else "unreadable_shard",
         hint="fetch the missing file again" if absent else None,
     )
+
+
+def _read_at(fd: int, buffer: memoryview, offset: int) -> int:
+    """Read into a buffer, at most its length; the count of bytes read."""
+    if hasattr(os, "preadv"):
+        return os.preadv(fd, [buffer], offset)
+    part = os.pread(fd, len(buffer), offset)  # older macOS: one copy more
+    buffer[: len(part)] = part
+    return len(part)
 
 
 def _pread(opened: _OpenFile, offset: int, length: int, name: str) -> bytes:

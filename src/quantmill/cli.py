@@ -36,6 +36,7 @@ from quantmill.errors import BadRequest, QuantmillError
 from quantmill.version import __version__
 
 if TYPE_CHECKING:
+    from quantmill.execute import Progress
     from quantmill.generate import Chat
     from quantmill.names import ModelName
     from quantmill.plans import Options
@@ -118,7 +119,7 @@ def create(
     if folder is None:
         raise BadRequest("no checkpoint given", hint="name its directory, or a Modelfile with -f")
     started = time.monotonic()
-    with terminal.progress(not quiet and not json_output) as progress:
+    with terminal.progress(not quiet and not json_output) as bar:
         created = creation.create(
             target,
             folder,
@@ -129,7 +130,7 @@ def create(
             modelfile=parsed,
             workers=workers,
             follow_links=follow_links,
-            progress=progress,
+            progress=bar and (lambda e: bar(e.bytes, e.bytes_total, _count(e))),
         )
     ignored = [f"the Modelfile's {what} is ignored" for what in parsed.ignored] if parsed else []
     if not quiet:
@@ -140,6 +141,10 @@ def create(
         )
     elif not quiet:
         terminal.print_lines(report.created_lines(created, time.monotonic() - started))
+
+
+def _count(event: Progress) -> str:
+    return f"{event.tensors}/{event.tensors_total} tensors"
 
 
 def _refuse_two_sources(source: Path, folder: Path) -> None:
@@ -235,7 +240,10 @@ def verify(
     from quantmill import report, verification
 
     names = None if name is None else [_name(name)]
-    found = verification.verify(_store(store), names)
+    with terminal.progress(not json_output) as bar:
+        found = verification.verify(
+            _store(store), names, bar and (lambda done, total: bar(done, total, "verifying"))
+        )
     if json_output:
         terminal.print_json(report.verified_json(found))
     else:

@@ -215,6 +215,8 @@ def _architecture(config: Mapping[str, Any]) -> str:
 
 
 def _info(store: Store, manifest: Manifest, weights: int) -> dict[str, Any]:
+    if not manifest.tensor_refs():  # weights in a GGUF file: Ollama's own format, not described
+        return {}
     if manifest.json_ref(CONFIG) is None:
         return component_info(store, manifest)
     config = read_json(store, manifest, CONFIG)

@@ -10,7 +10,7 @@ import errno
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from quantmill.errors import NoSpace, NotFound, StoreError
@@ -69,8 +69,11 @@ class Disk:
             path.unlink(missing_ok=True)
 
     def touch(self, path: Path) -> None:
-        """Set a file's time to now: collectors with an age limit then leave it alone."""
-        with translated(path):
+        """Set a file's time to now: collectors with an age limit then leave it alone.
+
+        A file of another user, as in a store that several share, keeps its time.
+        """
+        with translated(path), suppress(PermissionError):
             os.utime(path)
 
     def make_folder(self, folder: Path) -> None:

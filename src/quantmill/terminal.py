@@ -7,10 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from quantmill.execute import Progress
+from typing import Any
 
 
 class ReaderGone(BaseException):
@@ -53,8 +50,11 @@ def warn(lines: Sequence[str]) -> None:
 
 
 @contextmanager
-def progress(shown: bool) -> Iterator[Callable[[Progress], None] | None]:
-    """A live bar on stderr: tensors, bytes, rate, time left. Nothing where nobody looks."""
+def progress(shown: bool) -> Iterator[Callable[[int, int, str], None] | None]:
+    """A live bar on stderr: a label, bytes, rate, time left. Nothing where nobody looks.
+
+    Gives a function of bytes done, bytes in all, and the label.
+    """
     if not shown or not sys.stderr.isatty():
         yield None
         return
@@ -69,7 +69,7 @@ def progress(shown: bool) -> Iterator[Callable[[Progress], None] | None]:
     from rich.progress import Progress as Bar
 
     with Bar(
-        TextColumn("{task.fields[tensors]}"),
+        TextColumn("{task.fields[label]}"),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),
@@ -77,11 +77,10 @@ def progress(shown: bool) -> Iterator[Callable[[Progress], None] | None]:
         console=Console(stderr=True),
         transient=True,
     ) as bar:
-        task = bar.add_task("", total=None, tensors="")
+        task = bar.add_task("", total=None, label="")
 
-        def update(event: Progress) -> None:
-            done = f"{event.tensors}/{event.tensors_total} tensors"
-            bar.update(task, total=event.bytes_total, completed=event.bytes, tensors=done)
+        def update(done: int, total: int, label: str) -> None:
+            bar.update(task, total=total, completed=done, label=label)
 
         yield update
 
