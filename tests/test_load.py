@@ -6,7 +6,8 @@ import hashlib
 import json
 import resource
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -427,6 +428,7 @@ def test_global_scales_multiply_rows(store: Store, scale: mx.array) -> None:
     expected = decoded("nvfp4", NVFP4).astype(mx.float32) * scale.reshape(-1, 1)
     with open_model(put(store, [(Q, arrays)]), store=store) as model:
         assert same(model.dequantize(Q), expected.astype(mx.bfloat16))
+        assert same(model.dequantize(Q, 5), expected[5].astype(mx.bfloat16))
 
 
 def test_global_scales_multiply_experts(store: Store) -> None:
@@ -489,6 +491,29 @@ def test_leaving_the_context_releases(small: Model) -> None:
         small[Q]
 
 
+@contextmanager
+def few_files() -> Iterator[None]:
+    """At most 128 open files inside this block."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (128, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_released_models_hold_no_file_open(store: Store) -> None:
+    """Models that were used and released do not count against the limit of open files."""
+    name = put(store, [(NORM, {NORM: dense(8), "other": dense(8)})])
+    with few_files():
+        released = [open_model(name, store=store) for _ in range(200)]
+        for model in released:
+            model.view(NORM)
+            model[NORM]
+            model.release()
+    assert all(list(model) == [NORM, "other"] for model in released)
+
+
 class Loads:
     """Counts `mx.load` by path."""
 
@@ -539,14 +564,9 @@ def test_only_used_blobs_are_loaded(small: Model, monkeypatch: pytest.MonkeyPatc
 
 def test_the_limit_of_open_files_is_respected(store: Store, many: ModelName) -> None:
     """Hundreds of blobs do not hold hundreds of files open, be they evaluated or not."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (128, hard))
-    try:
-        with open_model(many, store=store) as model:
-            found = [model[name] for name in model]
-            mx.eval(found)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    with few_files(), open_model(many, store=store) as model:
+        found = [model[name] for name in model]
+        mx.eval(found)
     assert sorted(int(a[0]) for a in found) == list(range(300))
 
 
