@@ -29,7 +29,8 @@ import numpy as np
 from bench_create import shapes
 
 from quantmill.creation import create
-from quantmill.load import Model, open_model
+from quantmill.load import open_model
+from quantmill.model import Model
 from quantmill.names import parse_name
 from quantmill.store import Store
 from quantmill.tensorfile import lay_out

@@ -43,11 +43,12 @@ from ggufs import (
     weights,
     write_gguf,
 )
-from quantmill.checkpoint import Checkpoint, OpenSource, open_source
+from quantmill.checkpoint import Checkpoint
 from quantmill.creation import create, plan, plan_for
 from quantmill.errors import BadRequest, BadSource
 from quantmill.formats import DTYPE_BYTES
 from quantmill.ggufsource import PIECE, GgufCheckpoint, open_gguf
+from quantmill.opening import OpenSource, open_source
 from quantmill.quantize import to_bf16
 from quantmill.store import Store
 from quantmill.verification import verify

@@ -17,7 +17,8 @@ from quantmill import layers
 from quantmill.errors import Corrupt, NotFound
 from quantmill.formats import FORMAT_NAMES, parse_format
 from quantmill.layers import ExpertLinear
-from quantmill.load import Model, open_model
+from quantmill.load import open_model
+from quantmill.model import Model
 
 TOLERANCE = 1e-5
 """Of float32 products with values around 1, computed once packed and once decoded."""

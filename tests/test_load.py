@@ -18,14 +18,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from checkpoints import FIXTURES, fixture, load_arrays, write_checkpoint
+from checkpoints import FIXTURES, SMALL, fixture, load_arrays, write_checkpoint
 from fakes import finished
 from quantmill import mediatypes
 from quantmill.creation import create
 from quantmill.errors import BadName, BadRequest, BadSource, BadTensorFile, Corrupt, NotFound
 from quantmill.formats import FORMAT_NAMES, Format, parse_format
-from quantmill.load import Model, open_model
+from quantmill.load import open_model
 from quantmill.manifest import BlobRef, manifest_bytes
+from quantmill.model import Model
 from quantmill.names import ModelName, parse_name
 from quantmill.quantparams import BLOB, DEFAULT, MODEL_INDEX, OVERRIDE, SHAPES
 from quantmill.store import Store
@@ -1057,3 +1058,29 @@ def test_nothing_is_written(store: Store) -> None:
         model.load()
         model.view(Q)
     assert state() == before
+
+
+def test_a_draft_model_is_a_component(store: Store, tmp_path: Path) -> None:
+    """`draft` opens the tensors and the config of a model's draft model, prefixes stripped."""
+    source = write_checkpoint(tmp_path / "c", SMALL)
+    made = create("m", source, store=store)
+    manifest = store.get_manifest(made.name)
+    name = "model.layers.0.input_layernorm.weight"
+    header, _ = lay_out([(f"draft.{name}", "BF16", (128,))], {})
+    record = {"tensor_prefix": "draft.", "config": "draft/config.json"}
+    added = [
+        (mediatypes.TENSOR, f"draft.{name}", header + bytes(256)),
+        (mediatypes.JSON, "draft/config.json", b'{"model_type": "tiny"}'),
+        (mediatypes.CONFIG, None, json.dumps({"draft": record}).encode()),
+    ]
+    refs = []
+    for media_type, entry, data in added:
+        with store.new_blob() as writer:
+            writer.write(data)
+            pending = writer.finish()
+        store.commit([pending])
+        refs.append(BlobRef(media_type, pending.digest, pending.size, entry))
+    store.put_manifest(parse_name("d"), manifest_bytes(refs[2], [*manifest.blobs, *refs[:2]]))
+    draft = open_model("d", component="draft", store=store)
+    assert list(draft) == [name]
+    assert draft.config == {"model_type": "tiny"}

@@ -25,7 +25,8 @@ from quantmill.errors import BadPlan, BadRequest, Corrupt, StoreError
 from quantmill.export import export
 from quantmill.formats import FORMAT_NAMES
 from quantmill.generate import Chat, Message
-from quantmill.load import Model, open_model
+from quantmill.load import open_model
+from quantmill.model import Model
 from quantmill.plans import Options
 from quantmill.store import Store
 

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from quantmill.execute import Progress
     from quantmill.facts import list_models, show
     from quantmill.formats import Format, parse_format
-    from quantmill.load import Model, open_model
+    from quantmill.load import open_model
+    from quantmill.model import Model
     from quantmill.modelfile import parse_modelfile
     from quantmill.names import ModelName, parse_name
     from quantmill.planner import parse_override
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Created": "creation",
     "Format": "formats",
-    "Model": "load",
+    "Model": "model",
     "ModelName": "names",
     "Options": "plans",
     "Plan": "plans",

@@ -9,16 +9,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 from quantmill import mediatypes, strictjson, tensorfile
 from quantmill.errors import BadSource, BadTensorFile
-from quantmill.source import CONFIG, INDEX, Source, SourceFile, SourceTensor
+from quantmill.source import CONFIG, INDEX, MAX_TEXT, Source, SourceFile, SourceTensor
 
 SUFFIX = ".safetensors"
-GGUF_SUFFIX = ".gguf"
-MAX_TEXT = 64 * 2**20
-"""Largest side file that is read or kept; real tokenizers stay far below."""
 
 _DECIDING_TEXTS = (CONFIG, "tokenizer_config.json", "chat_template.jinja")
 
@@ -35,35 +32,6 @@ class _OpenFile:
     fd: int
     size: int
     mtime_ns: int
-
-
-class OpenSource(Protocol):
-    """What `create` needs of an open source, whatever file format it is in."""
-
-    @property
-    def source(self) -> Source:
-        """What the source says about itself."""
-
-    def read_into(self, tensor: SourceTensor, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` with the tensor's bytes from `offset` on; callable from any thread."""
-
-    def read_file(self, name: str) -> bytes:
-        """The content of a side file."""
-
-    def check_unchanged(self) -> None:
-        """Raise BadSource if what was opened is no longer what it was."""
-
-    def close(self) -> None:
-        """Close all files."""
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...
 
 
 class Checkpoint:
@@ -125,7 +93,7 @@ class Checkpoint:
         if name in self._files:
             return self._files[name]
         path = self.path / name
-        _refuse_link_outside(self.path, path, name, self._follow_links)
+        refuse_link_outside(self.path, path, name, self._follow_links)
         try:
             # non-blocking, or opening a named pipe would wait for a writer
             fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -146,7 +114,7 @@ class Checkpoint:
     # -- inventory (docs/sources.md) ---------------------------------------------------------------
 
     def _inventory(self) -> Source:
-        names = _list(self.path)
+        names = list_folder(self.path)
         if CONFIG not in names and not self._loose:
             raise BadSource(
                 f"{self.path}: no {CONFIG}",
@@ -252,36 +220,6 @@ def open_checkpoint(
     return Checkpoint(folder, follow_links=follow_links, loose=loose)
 
 
-def open_source(path: str | Path, *, follow_links: bool = False) -> OpenSource:
-    """Open a checkpoint directory, a GGUF file, or a directory whose only weights are such a file.
-
-    Raises BadSource as `open_checkpoint` and `open_gguf` do.
-    """
-    found = _gguf_file(Path(path), follow_links)
-    if found is None:
-        return open_checkpoint(path, follow_links=follow_links)
-    from quantmill.ggufsource import open_gguf
-
-    return open_gguf(found)
-
-
-def _gguf_file(path: Path, follow_links: bool) -> Path | None:
-    if not path.is_dir():
-        return path if path.name.endswith(GGUF_SUFFIX) and path.exists() else None
-    names = _list(path)
-    found = sorted(name for name in names if name.endswith(GGUF_SUFFIX))
-    if not found or any(name.endswith(SUFFIX) for name in names):
-        return None
-    if len(found) > 1:
-        raise BadSource(
-            f"{path} holds {len(found)} GGUF files: {', '.join(found)}",
-            kind="ambiguous_source",
-            hint="give the path of one of them",
-        )
-    _refuse_link_outside(path, path / found[0], found[0], follow_links)
-    return path / found[0]
-
-
 def is_model_dir(path: str | Path) -> bool:
     """Whether the directory has a config.json and at least one .safetensors file."""
     folder = Path(path)
@@ -289,7 +227,7 @@ def is_model_dir(path: str | Path) -> bool:
         return (folder / CONFIG).is_file() and any(e.name.endswith(SUFFIX) for e in entries)
 
 
-def _list(folder: Path) -> dict[str, int]:
+def list_folder(folder: Path) -> dict[str, int]:
     """Names and sizes in the folder itself; sub-folders left out."""
     found = {}
     for entry in os.scandir(folder):
@@ -375,7 +313,8 @@ def _role(name: str) -> tuple[str | None, str]:
     return None, "not read by a runtime"
 
 
-def _refuse_link_outside(folder: Path, path: Path, name: str, follow_links: bool) -> None:
+def refuse_link_outside(folder: Path, path: Path, name: str, follow_links: bool) -> None:
+    """Raise BadSource where a file of a checkpoint is a link that leads out of it."""
     try:
         target = path.resolve(strict=True)
         home = folder.resolve(strict=True)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantmill import mediatypes, modelconfig, strictjson
-from quantmill.checkpoint import OpenSource, open_source
 from quantmill.classify import classify, refuse_quantized
 from quantmill.digests import Digest
 from quantmill.errors import BadPlan, BadSource, Corrupt, StoreError
@@ -16,6 +15,7 @@ from quantmill.formats import parse_request
 from quantmill.manifest import BlobRef, manifest_bytes, parse_manifest
 from quantmill.modelfile import Modelfile, decode_modelfile, parse_modelfile
 from quantmill.names import ModelName, as_name
+from quantmill.opening import OpenSource, open_source
 from quantmill.planner import make_plan
 from quantmill.plans import Options, Plan
 from quantmill.source import Source

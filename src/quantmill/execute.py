@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from quantmill import mediatypes
-from quantmill.checkpoint import OpenSource
 from quantmill.errors import BadWeights, QuantmillError
 from quantmill.formats import DTYPE_BYTES
 from quantmill.gpuround import quantize_as_gpu
 from quantmill.manifest import BlobRef
+from quantmill.opening import OpenSource
 from quantmill.plans import CAST, STACK, BlobSpec, Options, Plan, TensorSpec
 from quantmill.quantize import (
     MAX_SCALE,

@@ -21,7 +21,7 @@ from quantmill import mlxlm
 from quantmill.errors import BadRequest
 from quantmill.files import translated
 from quantmill.formats import DTYPE_BYTES, Format
-from quantmill.load import Model
+from quantmill.model import Model
 from quantmill.source import CONFIG, INDEX
 from quantmill.tensorfile import lay_out
 

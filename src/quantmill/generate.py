@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from quantmill import mlxlm
 from quantmill.errors import BadRequest
-from quantmill.load import Model
+from quantmill.model import Model
 
 Message = dict[str, str]
 

@@ -22,7 +22,6 @@ import numpy as np
 import numpy.typing as npt
 
 from quantmill import mediatypes
-from quantmill.checkpoint import MAX_TEXT
 from quantmill.errors import BadRequest, BadSource
 from quantmill.formats import DTYPE_BYTES
 from quantmill.ggufconfig import Metadata, heads_of, rebuild_config, rebuild_generation_config
@@ -30,7 +29,7 @@ from quantmill.ggufheader import Blocks, GgufTensor, bad_gguf, parse_header
 from quantmill.ggufnames import EMBEDDING, ROPE_FACTORS, Naming, name_tensors
 from quantmill.gguftokenizer import rebuild_tokenizer
 from quantmill.quantize import Bytes, to_bf16
-from quantmill.source import CONFIG, Source, SourceFile, SourceTensor
+from quantmill.source import CONFIG, MAX_TEXT, Source, SourceFile, SourceTensor
 
 PIECE = 1 << 18
 """Elements decoded at once; the library needs some twenty bytes for each."""

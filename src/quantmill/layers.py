@@ -14,7 +14,7 @@ import mlx.core as mx
 from mlx import nn
 
 from quantmill.errors import Corrupt, NotFound
-from quantmill.load import Model, Parts
+from quantmill.model import Model, Parts
 
 _M = TypeVar("_M", bound=nn.Module)
 

@@ -1,377 +1,36 @@
-"""Load: a stored model or a plain directory, opened for use. Headers now, bytes when asked for.
+"""Load: a stored model or a plain directory, opened for use. Headers are read, no weights.
 
 Whatever naming the producer used, weights come out under one name each, with their scales, biases
-and global scale beside them and the quantization parameters resolved (docs/loading.md)."""
+and global scale beside them and the quantization parameters resolved (docs/loading.md).
+"""
 
 from __future__ import annotations
 
-import mmap
 import os
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from quantmill import mediatypes, strictjson
 from quantmill.checkpoint import open_checkpoint
-from quantmill.companions import Orphan, Role, Weight, canonicalise, gather, loaded_name
-from quantmill.errors import BadName, BadRequest, Corrupt, NotFound
+from quantmill.companions import loaded_name
+from quantmill.errors import BadName, Corrupt, NotFound
 from quantmill.files import translated
-from quantmill.formats import FLOAT_DTYPES, Format
 from quantmill.manifest import BlobRef, Manifest
+from quantmill.model import Located, Model
+from quantmill.modelconfig import DRAFT_FILE_PREFIX, DRAFT_TENSOR_PREFIX
 from quantmill.names import ModelName, as_name
-from quantmill.quantconfig import QuantConfig, read_quant_config
-from quantmill.quantparams import Params, resolve
+from quantmill.quantconfig import read_quant_config
 from quantmill.source import CONFIG
 from quantmill.store import Store
 from quantmill.tensorfile import TensorFile
 from quantmill.verification import MAX_JSON, read_tensor_file
 
-if TYPE_CHECKING:
-    import mlx.core as mx
-    import numpy as np
-    import numpy.typing as npt
-
-# MLX keeps a file open until its arrays are evaluated, and macOS allows 256 open files.
-_MAX_OPEN = 64
 QUANTIZATION_CONFIG = "quantization_config.json"
 MODEL_INDEX = "model_index.json"
-
-# What a mapped tensor looks like to NumPy, which has neither bf16 nor 8-bit floats: their bits.
-_NUMPY = {
-    "BOOL": "?", "U8": "u1", "I8": "i1", "U16": "<u2", "I16": "<i2", "U32": "<u4", "I32": "<i4",
-    "U64": "<u8", "I64": "<i8", "F16": "<f2", "BF16": "<u2", "F32": "<f4", "F64": "<f8",
-    "C64": "<c8", "F8_E4M3": "u1", "F8_E4M3FN": "u1", "F8_E5M2": "u1", "F8_E5M2FNUZ": "u1",
-    "F8_E8M0": "u1",
-}  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Located:
-    """A tensor as it lies in a file: `key` is its name there, `start` its first byte."""
-
-    key: str
-    dtype: str
-    shape: tuple[int, ...]
-    path: Path
-    start: int
-    nbytes: int
-    metadata: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """A weight as MLX arrays. Only `weight` is set for tensors that are not quantized.
-
-    `global_scale` multiplies what the codes decode to.
-    """
-
-    weight: mx.array
-    scales: mx.array | None = None
-    biases: mx.array | None = None
-    global_scale: mx.array | None = None
-    params: Params | None = None
-
-    def at(self, index: int) -> Parts:
-        """One element of the first axis: an expert of a stack, a row of a matrix."""
-        if not -self.weight.shape[0] <= index < self.weight.shape[0]:  # MLX reads beyond the end
-            raise IndexError(f"index {index} of {self.weight.shape[0]}")
-
-        def one(array: mx.array | None) -> mx.array | None:
-            return None if array is None else array[index]
-
-        scale = self.global_scale
-        if scale is not None and scale.size > 1:
-            scale = scale[index]
-        return Parts(self.weight[index], one(self.scales), one(self.biases), scale, self.params)
-
-
-class Model:
-    """An open model. Names, shapes and parameters are there at once; arrays are read when used.
-
-    `where` names the model in errors. Use as a context manager, or call `release`.
-    """
-
-    def __init__(
-        self,
-        where: str,
-        tensors: Mapping[str, Located],
-        config: Mapping[str, Any],
-        read_file: Callable[[str], bytes],
-        files: Sequence[str],
-        quant_config: QuantConfig | None,
-    ) -> None:
-        self.where = where
-        self.config = config
-        self.files = tuple(sorted(files))
-        self._read_file = read_file
-        self._tensors = tensors
-        self._weights, orphans = gather(tensors)
-        if orphans:
-            raise _orphaned(where, orphans[0])
-        self._params = {
-            name: _resolved(where, weight, tensors, quant_config)
-            for name, weight in self._weights.items()
-        }
-        self._arrays: dict[str, mx.array] | None = {}
-        self._open: dict[Path, dict[str, mx.array]] = {}
-        self._maps: dict[Path, mmap.mmap] = {}
-        self.conflicts = self._conflicts()
-
-    def __enter__(self) -> Model:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
-
-    # -- what is there -----------------------------------------------------------------------------
-
-    def __iter__(self) -> Iterator[str]:
-        """Names of all weights, sorted; scales and other companions are not names of their own."""
-        return iter(sorted(self._weights))
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._weights
-
-    def __len__(self) -> int:
-        return len(self._weights)
-
-    def dtype(self, name: str) -> str:
-        """Dtype tag as stored: U32 for packed codes. Raises NotFound."""
-        return self._tensors[self._weight(name).codes].dtype
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Logical shape: codes count, not words. Raises NotFound."""
-        stored = self._tensors[self._weight(name).codes].shape
-        params = self._params[name]
-        return stored if params is None else (*stored[:-1], params.format.columns(stored[-1]))
-
-    def scale_dtype(self, name: str) -> str:
-        """Dtype tag of a quantized weight's scales. Raises NotFound."""
-        scale = self._weight(name).scale
-        if scale is None:
-            raise NotFound(f"{self.where}: tensor {name!r} has no scales", kind="not_quantized")
-        return self._tensors[scale].dtype
-
-    def params(self, name: str) -> Params | None:
-        """Quantization parameters and where they come from; None for plain tensors."""
-        self._weight(name)
-        return self._params[name]
-
-    @property
-    def format(self) -> Format | None:
-        """The format that most quantized weights have (by stored bytes), None if there are none."""
-        sizes: dict[Format, int] = {}
-        for name, params in self._params.items():
-            if params is not None:
-                size = self._tensors[self._weights[name].codes].nbytes
-                sizes[params.format] = sizes.get(params.format, 0) + size
-        return max(sorted(sizes), key=lambda f: sizes[f]) if sizes else None
-
-    @property
-    def quantization(self) -> str:
-        """Name of `format`, "" for a model that is not quantized."""
-        return self.format.name if self.format else ""
-
-    @property
-    def group_size(self) -> int:
-        """Group size of `format`, 0 for a model that is not quantized."""
-        return self.format.group_size if self.format else 0
-
-    # -- arrays ------------------------------------------------------------------------------------
-
-    def get(self, name: str) -> mx.array | None:
-        """The array of a weight, None when there is no such weight."""
-        return self[name] if name in self._weights else None
-
-    def __getitem__(self, name: str) -> mx.array:
-        """The array of a weight as stored (packed codes where it is quantized), read when used."""
-        return self._array(self._weight(name).codes)
-
-    def parts(self, name: str) -> Parts:
-        """A weight with its scales, biases, global scale and parameters. Raises NotFound."""
-        weight = self._weight(name)
-        scale = self._optional(weight.global_scale)
-        if scale is not None and weight.reciprocal:
-            scale = scale.reciprocal()
-        return Parts(
-            self._array(weight.codes),
-            self._optional(weight.scale),
-            self._optional(weight.bias),
-            scale,
-            self._params[name],
-        )
-
-    def load(self, dtype: mx.Dtype | None = None) -> dict[str, mx.array]:
-        """All weights as stored, evaluated in one batch.
-
-        `dtype` converts floating-point tensors that are neither quantized nor companions.
-        """
-        import mlx.core as mx
-
-        found = {name: self[name] for name in self}
-        if dtype is not None:
-            for name, array in found.items():
-                plain = self._params[name] is None and self.dtype(name) in FLOAT_DTYPES
-                found[name] = array.astype(dtype) if plain else array
-        mx.eval(found)
-        return found
-
-    def dequantize(self, name: str, index: int | None = None) -> mx.array:
-        """The weight as floats: BF16 for float formats, the scales' dtype for affine ones.
-
-        Plain tensors come as they are; `index` gives one element of the first axis, such as one
-        expert of a stack. Raises NotFound.
-        """
-        import mlx.core as mx
-
-        parts = self.parts(name)
-        if index is not None:
-            parts = parts.at(index)
-        if parts.params is None:
-            return parts.weight
-        assert parts.scales is not None
-        fmt, row = parts.params.format, parts.weight.ndim == 1
-        with mx.stream(mx.cpu):  # the same values whatever device is the default
-            found = mx.dequantize(
-                parts.weight[None] if row else parts.weight,
-                parts.scales[None] if row else parts.scales,
-                parts.biases[None] if row and parts.biases is not None else parts.biases,
-                group_size=fmt.group_size,
-                bits=fmt.bits,
-                mode=fmt.mode,
-            )
-            found = found[0] if row else found
-            scale = parts.global_scale
-            if scale is None:
-                return found
-            # one for all, or one for each row, or for each expert of a stack
-            shape = (*scale.shape, *([1] * (found.ndim - scale.ndim))) if scale.size > 1 else ()
-            return (found * scale.reshape(shape)).astype(found.dtype)
-
-    def view(self, name: str) -> npt.NDArray[Any]:
-        """The stored bytes as a read-only NumPy array over the mapped file, nothing copied.
-
-        BF16 and 8-bit floats come as unsigned integers of their width: NumPy does not know them.
-        """
-        return self._view(self._weight(name).codes)
-
-    def _view(self, raw: str) -> npt.NDArray[Any]:
-        import numpy as np
-
-        located = self._tensors[raw]
-        buffer = self._map(located.path)
-        kind: np.dtype[Any] = np.dtype(_NUMPY[located.dtype])
-        count = located.nbytes // kind.itemsize
-        flat = np.frombuffer(buffer, kind, count, located.start) if count else np.empty(0, kind)
-        return flat.reshape(located.shape)
-
-    def read_file(self, name: str) -> bytes:
-        """A file beside the weights, such as `tokenizer.json`. Raises NotFound."""
-        if name not in self.files:
-            raise NotFound(f"{self.where} has no file {name!r}", kind="config_not_found")
-        return self._read_file(name)
-
-    def release(self) -> None:
-        """Let go of arrays and mappings; names and parameters stay, arrays can no longer be had."""
-        self._arrays = None
-        self._open.clear()
-        while self._maps:
-            _, mapped = self._maps.popitem()
-            with suppress(BufferError):  # a view is still in use: the mapping goes with it
-                mapped.close()
-
-    def _conflicts(self) -> tuple[str, ...]:
-        """Companions given twice under two spellings, with contents that differ: what was ignored.
-
-        The winner does not depend on the order of files (docs/loading.md); a warning tells of each.
-        """
-        found = []
-        for loser, winner in sorted(canonicalise(self._tensors).dropped.items()):
-            if self._view(loser).tobytes() != self._view(winner).tobytes():
-                found.append(f"{self.where}: {loser!r} is ignored, {winner!r} says something else")
-                warnings.warn(found[-1], stacklevel=4)
-        return tuple(found)
-
-    # -- inside ------------------------------------------------------------------------------------
-
-    def _weight(self, name: str) -> Weight:
-        try:
-            return self._weights[name]
-        except KeyError:
-            raise NotFound(
-                f"{self.where} has no tensor {name!r}", kind="tensor_not_found"
-            ) from None
-
-    def _optional(self, raw: str | None) -> mx.array | None:
-        return None if raw is None else self._array(raw)
-
-    def _array(self, raw: str) -> mx.array:
-        if self._arrays is None:
-            raise BadRequest(f"{self.where} was released", hint="open the model again")
-        if raw not in self._arrays:
-            located = self._tensors[raw]
-            self._arrays[raw] = self._file(located.path)[located.key]
-        return self._arrays[raw]
-
-    def _file(self, path: Path) -> dict[str, mx.array]:
-        """The arrays of a file, not read yet; read now are those in use of too many open files."""
-        import mlx.core as mx
-
-        if path not in self._open:
-            if len(self._open) >= _MAX_OPEN:
-                mx.eval(self._arrays)
-                self._open.clear()
-            try:
-                found = mx.load(str(path), format="safetensors")
-            except RuntimeError as error:
-                raise Corrupt(f"{path.name}: {error}", kind="unreadable_shard") from None
-            assert isinstance(found, dict)
-            self._open[path] = found
-        return self._open[path]
-
-    def _map(self, path: Path) -> mmap.mmap:
-        if self._arrays is None:
-            raise BadRequest(f"{self.where} was released", hint="open the model again")
-        if path not in self._maps:
-            with translated(path), path.open("rb") as file:
-                self._maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        return self._maps[path]
-
-
-def _resolved(
-    where: str, weight: Weight, tensors: Mapping[str, Located], config: QuantConfig | None
-) -> Params | None:
-    """Parameters of a weight, None for a plain tensor; raises Corrupt for codes without scales."""
-    codes = tensors[weight.codes]
-    if weight.scale is None:
-        if codes.dtype == "U32" and len(codes.shape) > 1:
-            raise Corrupt(
-                f"{where}: tensor {weight.name!r} holds packed codes, and no scales are there",
-                kind="missing_scales",
-            )
-        return None
-    bias = tensors[weight.bias] if weight.bias else None
-    try:
-        return resolve(
-            weight.name, codes, tensors[weight.scale], bias, codes.metadata, config, None
-        )
-    except Corrupt as error:
-        raise Corrupt(f"{where}: {error.message}", kind=error.kind, hint=error.hint) from None
-
-
-def _orphaned(where: str, orphan: Orphan) -> Corrupt:
-    what = "weight" if orphan.missing is Role.CODES else "scale"
-    return Corrupt(
-        f"{where}: {orphan.role.value} {orphan.name!r} has no {what} (of {orphan.weight!r})",
-        kind="orphaned_companion",
-        hint="a file is missing, or the tensors were renamed",
-    )
-
-
-# -- opening ---------------------------------------------------------------------------------------
+DRAFT = "draft"
+"""The component that is a model's draft model, where it has one."""
 
 
 def open_model(
@@ -385,8 +44,8 @@ def open_model(
 
     A Path, or text that is not the name of a stored model and names a directory, is a directory
     in mlx-lm, mlx-native, Hugging Face or Ollama naming. `component` opens one part of a model
-    made of several (`text_encoder`, `transformer`, `vae`), its prefix stripped. `verify`
-    recomputes the digest of every blob first.
+    made of several (`text_encoder`, `transformer`, `vae`), or its `draft` model, the prefix
+    stripped. `verify` recomputes the digest of every blob first.
 
     Raises NotFound for a name, component or blob that is missing, Corrupt for headers that lie,
     scales without codes or codes without scales, and parameters that contradict the shapes."""
@@ -419,7 +78,8 @@ def _stored(
 def _from_manifest(
     where: str, store: Store, manifest: Manifest, component: str | None, verify: bool
 ) -> Model:
-    refs = manifest.tensor_refs(component or "")
+    part = _part(store, manifest, component)
+    refs = [r for r in manifest.tensor_refs() if (r.name or "").startswith(part.tensors)]
     if not refs:
         what = f"no component {component!r}" if component else "no tensor blobs"
         raise NotFound(f"{where} has {what}", kind="no_component" if component else "no_tensors")
@@ -428,7 +88,7 @@ def _from_manifest(
     for ref in refs:
         file = _header(where, store, ref, verify)
         path = store.blob_path(ref.digest)
-        names = {key: _placed(ref.name or "", key, component) for key in file.entries}
+        names = {key: _placed(ref.name or "", key, part) for key in file.entries}
         metadata = _renamed(file.metadata, names)
         for entry in file.entries.values():
             name = names[entry.name]
@@ -446,9 +106,8 @@ def _from_manifest(
     def read(name: str) -> bytes:
         return store.read_blob(files[name].digest, MAX_JSON)
 
-    prefix = f"{component}/" if component else ""
     index = read(MODEL_INDEX) if MODEL_INDEX in files else b"{}"
-    return _model(where, tensors, read, list(files), prefix, index)
+    return _model(where, tensors, read, list(files), part.files, index)
 
 
 def _header(where: str, store: Store, ref: BlobRef, verify: bool) -> TensorFile:
@@ -461,13 +120,37 @@ def _header(where: str, store: Store, ref: BlobRef, verify: bool) -> TensorFile:
         raise NotFound(f"{shown} is missing", kind="blob_missing") from None
 
 
-def _placed(layer: str, key: str, component: str | None) -> str:
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What the names of a component's tensors and of its files begin with."""
+
+    tensors: str = ""
+    files: str = ""
+
+
+def _part(store: Store, manifest: Manifest, component: str | None) -> _Part:
+    """The prefixes of a component. The draft model's are recorded in the model's config."""
+    if component is None:
+        return _Part()
+    if component != DRAFT or manifest.config is None:
+        return _Part(f"{component}/", f"{component}/")
+    try:
+        config = strictjson.parse_object(store.read_blob(manifest.config.digest, MAX_JSON))
+    except strictjson.BadJson as error:
+        raise Corrupt(f"config blob: {error}", kind="bad_json") from None
+    record = config.get("draft")
+    record = record if isinstance(record, dict) else {}
+    file = str(record.get("config") or f"{DRAFT_FILE_PREFIX}{CONFIG}")
+    return _Part(str(record.get("tensor_prefix") or DRAFT_TENSOR_PREFIX), file.removesuffix(CONFIG))
+
+
+def _placed(layer: str, key: str, part: _Part) -> str:
     """The name of a blob's tensor. In a component's blob, keys may lack the component's prefix."""
     name = loaded_name(layer, key)
     folder, slash, _ = layer.partition("/")
     if slash and not name.startswith(f"{folder}/"):
         name = f"{folder}/{name}"
-    return name.removeprefix(f"{component}/") if component else name
+    return name.removeprefix(part.tensors)
 
 
 def _renamed(metadata: Mapping[str, str], names: Mapping[str, str]) -> Mapping[str, str]:
@@ -479,6 +162,8 @@ def _renamed(metadata: Mapping[str, str], names: Mapping[str, str]) -> Mapping[s
 def _from_folder(folder: Path, component: str | None) -> Model:
     index_file = folder / MODEL_INDEX
     if component:
+        if Path(component).name != component:
+            raise NotFound(f"{component!r} is not the name of a component", kind="no_component")
         folder = folder / component
         if not folder.is_dir():
             raise NotFound(f"{folder.parent} has no component {component!r}", kind="no_component")

@@ -22,7 +22,7 @@ from mlx.utils import tree_flatten
 
 from quantmill.errors import BadPlan, BadRequest, Corrupt
 from quantmill.formats import Format
-from quantmill.load import Model, Parts
+from quantmill.model import Model, Parts
 
 _STACK = re.compile(r"(.*\.experts)\.([^.]+)\.weight")
 _CODES = mx.uint32

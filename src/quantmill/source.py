@@ -13,6 +13,8 @@ from quantmill.formats import DTYPE_BYTES
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
+MAX_TEXT = 64 * 2**20
+"""Largest side file that is read or kept; real tokenizers stay far below."""
 
 
 @dataclass(frozen=True, slots=True)

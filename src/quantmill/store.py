@@ -212,6 +212,22 @@ class Store:
                 start += len(part)
                 yield part
 
+    def blob_start(self, digest: Digest, count: int) -> tuple[bytes, int]:
+        """The first `count` bytes of a blob, fewer if it is shorter, and its size in bytes.
+
+        Raises NotFound, or Corrupt where the blob is not a file.
+        """
+        path = self.blob_path(digest)
+        with translated(path):
+            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                found = os.fstat(fd)
+                if not stat.S_ISREG(found.st_mode):
+                    raise Corrupt(f"{path} is not a regular file")
+                return os.pread(fd, count, 0), found.st_size
+            finally:
+                os.close(fd)
+
     def hash_blob(self, digest: Digest) -> Digest:
         """The digest that the bytes on disk really have."""
         found = hashlib.sha256()

@@ -16,6 +16,8 @@ from quantmill.stored import LEGACY_KEY, StoredTensor, describe_blob
 from quantmill.tensorfile import LENGTH_BYTES, TensorFile, header_length, parse_header
 
 MAX_JSON = 100 * 2**20
+HEADER_GUESS = 4096
+"""Bytes read at once: more than the header of a tensor blob has, as a rule."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,12 +165,13 @@ def _check_ref(store: Store, ref: BlobRef, size: int) -> None:
 def read_tensor_file(store: Store, ref: BlobRef) -> TensorFile:
     """The checked header of a tensor blob; raises NotFound or Corrupt."""
     shown = ref.name or ref.digest.short
-    size = store.blob_size(ref.digest)
+    start, size = store.blob_start(ref.digest, HEADER_GUESS)
     try:
-        prefix = b"".join(store.blob_chunks(ref.digest, 0, min(size, LENGTH_BYTES)))
-        length = header_length(prefix, size, shown)
-        header = b"".join(store.blob_chunks(ref.digest, LENGTH_BYTES, LENGTH_BYTES + length))
-        return parse_header(header, size, shown)
+        length = header_length(start[:LENGTH_BYTES], size, shown)
+        end = LENGTH_BYTES + length
+        if len(start) < end:
+            start = b"".join(store.blob_chunks(ref.digest, 0, end))
+        return parse_header(start[LENGTH_BYTES:end], size, shown)
     except BadTensorFile as error:
         raise Corrupt(error.message, kind="bad_tensor_file") from None
 
