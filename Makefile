@@ -47,6 +47,7 @@ check: $(VENV)/.check
 
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/bench_create.py
+	$(BIN)/python benchmarks/bench_load.py
 
 clean:
 	rm -rf $(VENV) $(DEMO) bench-results .pytest_cache .mypy_cache .ruff_cache .hypothesis
