@@ -107,3 +107,10 @@ def test_the_formats_page_has_the_real_numbers() -> None:
     assert {name for name, _ in rows} == {"int4", "int8", "nvfp4", "mxfp4", "mxfp8"}
     for name, bits in rows:
         assert parse_format(name).bits_per_weight("BF16") == float(bits)
+
+
+def test_pages_that_the_code_refers_to_exist() -> None:
+    """A docstring that sends the reader to a page sends him to one that is there."""
+    for path in [*(ROOT / "src").rglob("*.py"), *(ROOT / "tests").glob("*.py")]:
+        for page in re.findall(r"docs/\w+\.md", path.read_text(encoding="utf-8")):
+            assert (ROOT / page).exists(), f"{path.name}: {page}"

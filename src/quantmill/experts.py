@@ -1,7 +1,7 @@
 """Names of expert tensors: which belong together, which are one expert of many.
 
 Pure functions on text. A per-expert tensor is named `<group>.<index>.<projection>.weight`;
-the members of a group are stacked into one tensor per projection (docs/policy.md).
+the members of a group are stacked into one tensor per projection (docs/formats.md).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A config selects a policy; the policy decides tensor by tensor, and each decision carries its
 reason. The generic rules serve most architectures; the others add a few before those. What is
-said of the affine 4-bit format holds for every affine width below 8 (docs/policy.md).
+said of the affine 4-bit format holds for every affine width below 8 (docs/formats.md).
 """
 
 from __future__ import annotations
