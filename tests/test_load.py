@@ -1084,3 +1084,46 @@ def test_a_draft_model_is_a_component(store: Store, tmp_path: Path) -> None:
     draft = open_model("d", component="draft", store=store)
     assert list(draft) == [name]
     assert draft.config == {"model_type": "tiny"}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape"), [("F16", (1,)), ("F32", (3,)), ("F32", (64, 4))], ids=str
+)
+def test_a_global_scale_that_does_not_fit_is_refused(
+    tmp_path: Path, dtype: str, shape: tuple[int, ...]
+) -> None:
+    """A global scale is F32, and one number or one for each row; anything else is named."""
+    tensors = {
+        "l.weight": ("U32", (64, 8)),
+        "l.weight.scale": ("U8", (64, 4)),
+        "l.weight.global_scale": (dtype, shape),
+    }
+    with pytest.raises(Corrupt, match=r"l\.weight\.global_scale"):
+        open_model(write_checkpoint(tmp_path / "m", tensors))
+
+
+def test_a_blob_that_records_nothing_follows_the_others(store: Store, tmp_path: Path) -> None:
+    """Where shapes leave two formats open, what other blobs of the model record decides."""
+    source = write_checkpoint(
+        tmp_path / "c",
+        {f"model.layers.{i}.self_attn.q_proj.weight": ("BF16", (64, 128)) for i in range(2)},
+    )
+    made = create("m", source, store=store, quantize="int4")
+    manifest = store.get_manifest(made.name)
+    first, second = manifest.tensor_refs()
+    file = store.blob_path(second.digest).read_bytes()
+    length = int.from_bytes(file[:8], "little")
+    header = json.loads(file[8 : 8 + length])
+    del header["__metadata__"]
+    raw = json.dumps(header).encode()
+    with store.new_blob() as writer:
+        writer.write(len(raw).to_bytes(8, "little") + raw + file[8 + length :])
+        pending = writer.finish()
+    store.commit([pending])
+    bare = BlobRef(second.media_type, pending.digest, pending.size, second.name)
+    assert manifest.config is not None
+    refs = [r for r in manifest.blobs if r not in {first, second}]
+    store.put_manifest(parse_name("n"), manifest_bytes(manifest.config, [first, bare, *refs]))
+    found = open_model("n", store=store).params(str(second.name))
+    assert found is not None
+    assert found.format.label == "int4"

@@ -18,8 +18,8 @@ from quantmill.companions import Orphan, Role, Weight, canonicalise, gather
 from quantmill.errors import BadRequest, Corrupt, NotFound
 from quantmill.files import translated
 from quantmill.formats import FLOAT_DTYPES, Format
-from quantmill.quantconfig import QuantConfig
-from quantmill.quantparams import Params, resolve
+from quantmill.quantconfig import QuantConfig, Written
+from quantmill.quantparams import Params, recorded, resolve
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -101,8 +101,9 @@ class Model:
         self._weights, orphans = gather(tensors)
         if orphans:
             raise _orphaned(where, orphans[0])
+        default = _recorded_elsewhere(tensors)
         self._params = {
-            name: _resolved(where, weight, tensors, quant_config)
+            name: _resolved(where, weight, tensors, quant_config, default)
             for name, weight in self._weights.items()
         }
         self._arrays: dict[str, mx.array] | None = {}
@@ -334,8 +335,20 @@ class Model:
         return self._maps[path]
 
 
+def _recorded_elsewhere(tensors: Mapping[str, Located]) -> Written | None:
+    """What the first blob that records a type says; early blobs may record nothing."""
+    for name in sorted(tensors):
+        if tensors[name].metadata.get("quant_type"):
+            return recorded("", tensors[name].metadata)[0]
+    return None
+
+
 def _resolved(
-    where: str, weight: Weight, tensors: Mapping[str, Located], config: QuantConfig | None
+    where: str,
+    weight: Weight,
+    tensors: Mapping[str, Located],
+    config: QuantConfig | None,
+    default: Written | None,
 ) -> Params | None:
     """Parameters of a weight, None for a plain tensor; raises Corrupt for codes without scales."""
     codes = tensors[weight.codes]
@@ -348,11 +361,28 @@ def _resolved(
         return None
     bias = tensors[weight.bias] if weight.bias else None
     try:
-        return resolve(
-            weight.name, codes, tensors[weight.scale], bias, codes.metadata, config, None
+        found = resolve(
+            weight.name, codes, tensors[weight.scale], bias, codes.metadata, config, default
         )
+        if weight.global_scale:
+            _check_global_scale(codes, tensors[weight.global_scale], found.format)
     except Corrupt as error:
         raise Corrupt(f"{where}: {error.message}", kind=error.kind, hint=error.hint) from None
+    return found
+
+
+def _check_global_scale(codes: Located, scale: Located, fmt: Format) -> None:
+    """One number, or one for each element of the first axes: of a stack, of its rows."""
+    leading = (*codes.shape[:-1], 1)
+    fits = len(scale.shape) <= len(leading) and all(
+        own in {1, n} for own, n in zip(scale.shape, leading, strict=False)
+    )
+    if fmt.mode != "nvfp4" or scale.dtype != "F32" or not fits:
+        raise Corrupt(
+            f"global scale {scale.key!r} ({scale.dtype} {list(scale.shape)}) does not fit "
+            f"{fmt.name} codes {list(codes.shape)}",
+            kind="bad_relation",
+        )
 
 
 def _orphaned(where: str, orphan: Orphan) -> Corrupt:
