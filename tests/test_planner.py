@@ -155,6 +155,13 @@ def test_an_override_that_fits_nothing_is_refused_with_a_near_name() -> None:
     assert "lm_head.weight" in str(caught.value.hint)
 
 
+def test_a_part_of_a_name_is_offered_as_a_pattern() -> None:
+    """A rule without wildcards that is only part of names gets them in the hint."""
+    with pytest.raises(BadRequest) as caught:
+        plan_of(BF16_MODEL, "int4", overrides=(parse_override("q_proj=int8"),))
+    assert "'*q_proj*'" in str(caught.value.hint)
+
+
 @pytest.mark.parametrize("text", ["", "a", "=int4", "a=", "a=int3", "a=int4:x", "a=nvfp4:64"])
 def test_a_malformed_override_is_refused(text: str) -> None:
     """Anything but PATTERN=FORMAT with a known format and group size is an error."""

@@ -197,15 +197,18 @@ def _refuse_unused(overrides: Iterable[Override], blobs: Iterable[BlobSpec]) -> 
     names = [t.name for b in blobs for t in b.tensors]
     for override in overrides:
         if not any(fnmatchcase(name, override.pattern) for name in names):
-            close = _closest(override.pattern, names)
             raise BadRequest(
                 f"--tensor {override.pattern!r} fits no tensor",
                 kind="unused_override",
-                hint=f"did you mean {close!r}?" if close else None,
+                hint=_closest(override.pattern, names),
             )
 
 
 def _closest(pattern: str, names: Sequence[str]) -> str | None:
+    """A hint: the pattern with wildcards where it is part of a name, else a name much like it."""
     from difflib import get_close_matches
 
-    return next(iter(get_close_matches(pattern, names, n=1)), None)
+    if any(pattern in name for name in names):
+        return f"a pattern stands for the whole name: try '*{pattern}*'"
+    close = get_close_matches(pattern, names, n=1)
+    return f"did you mean {close[0]!r}?" if close else None
