@@ -73,6 +73,8 @@ class _Job:
     checkpoint: OpenSource
     store: Store
     report: Callable[[Progress], None] | None
+    tensors_total: int
+    bytes_total: int
     cancelled: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
     non_finite: dict[str, int] = field(default_factory=dict)
@@ -86,8 +88,9 @@ class _Job:
             self.tensors += tensors
             self.bytes += nbytes
             if self.report:
-                total = len(self.plan.tensors)
-                self.report(Progress(self.tensors, total, self.bytes, self.plan.source_bytes, blob))
+                self.report(
+                    Progress(self.tensors, self.tensors_total, self.bytes, self.bytes_total, blob)
+                )
 
     def found_non_finite(self, tensor: str, count: int) -> None:
         with self.lock:
@@ -107,7 +110,7 @@ def write_blobs(
     Bytes do not depend on `workers`. On any error, interruption included, unfinished files are
     removed; blobs named by then stay, referenced by nothing, for a later run or for prune.
     """
-    job = _Job(plan, checkpoint, store, progress)
+    job = _Job(plan, checkpoint, store, progress, len(plan.tensors), plan.source_bytes)
     refs: list[BlobRef] = []
     batch: list[Pending] = []
     new = 0
