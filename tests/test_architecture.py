@@ -24,6 +24,7 @@ LAYERS = [
     {
         "files",
         "store",
+        "openfile",
         "checkpoint",
         "ggufsource",
         "opening",

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import errno
 import os
-import stat
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from quantmill import mediatypes, strictjson, tensorfile
 from quantmill.errors import BadSource, BadTensorFile
-from quantmill.source import CONFIG, INDEX, MAX_TEXT, Source, SourceFile, SourceTensor
+from quantmill.openfile import OpenFile
+from quantmill.source import (
+    CONFIG,
+    DECIDING_TEXTS,
+    INDEX,
+    MAX_TEXT,
+    Source,
+    SourceFile,
+    SourceTensor,
+)
 
 SUFFIX = ".safetensors"
-
-_DECIDING_TEXTS = (CONFIG, "tokenizer_config.json", "chat_template.jinja")
 
 # Side files that a runtime reads and that are not JSON. Everything else is left out by name.
 _RUNTIME_NAMES = frozenset(
@@ -27,13 +31,6 @@ _RUNTIME_NAMES = frozenset(
 _RUNTIME_SUFFIXES = (".jinja", ".tiktoken")
 
 
-@dataclass(frozen=True, slots=True)
-class _OpenFile:
-    fd: int
-    size: int
-    mtime_ns: int
-
-
 class Checkpoint:
     """An open checkpoint. Use as a context manager; `read_into` may be called from any thread."""
 
@@ -41,7 +38,7 @@ class Checkpoint:
         self.path = path
         self._follow_links = follow_links
         self._loose = loose
-        self._files: dict[str, _OpenFile] = {}
+        self._files: dict[str, OpenFile] = {}
         try:
             self.source = self._inventory()
         except BaseException:
@@ -51,58 +48,32 @@ class Checkpoint:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
         """Close all files; the source value stays usable."""
         while self._files:
-            os.close(self._files.popitem()[1].fd)
+            self._files.popitem()[1].close()
 
     def read_into(self, tensor: SourceTensor, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` with the tensor's bytes from `offset` on; raises BadSource if they end."""
-        opened, done = self._files[tensor.file], 0
-        while done < len(buffer):
-            count = _read_at(opened.fd, buffer[done:], tensor.start + offset + done)
-            if count == 0:
-                raise _changed(tensor.file)
-            done += count
+        self._files[tensor.file].read_into(tensor.start + offset, buffer)
 
     def read_file(self, name: str) -> bytes:
         """The content of a side file; raises BadSource if it is larger than MAX_TEXT."""
-        opened = self._open(name)
-        if opened.size > MAX_TEXT:
-            raise BadSource(f"{name} has {opened.size} bytes; {MAX_TEXT} is the limit")
-        return _pread(opened, 0, opened.size, name)
+        return _text_bytes(self._open(name))
 
     def check_unchanged(self) -> None:
         """Raise BadSource if a file was written to since it was opened."""
-        for name, opened in self._files.items():
-            now = os.fstat(opened.fd)
-            if (now.st_size, now.st_mtime_ns) != (opened.size, opened.mtime_ns):
-                raise _changed(name)
+        for opened in self._files.values():
+            opened.check_unchanged()
 
     # -- opening -----------------------------------------------------------------------------------
 
-    def _open(self, name: str) -> _OpenFile:
-        if name in self._files:
-            return self._files[name]
-        path = self.path / name
-        refuse_link_outside(self.path, path, name, self._follow_links)
-        try:
-            # non-blocking, or opening a named pipe would wait for a writer
-            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        except OSError as error:
-            raise _cannot_open(name, error) from None
-        found = os.fstat(fd)
-        self._files[name] = _OpenFile(fd, found.st_size, found.st_mtime_ns)
-        if not stat.S_ISREG(found.st_mode):
-            raise BadSource(f"{name} is not a regular file", kind="unreadable_shard")
+    def _open(self, name: str) -> OpenFile:
+        if name not in self._files:
+            self._files[name] = _open_file(self.path, name, self._follow_links)
         return self._files[name]
 
     def _json(self, name: str, kind: str) -> dict[str, Any]:
@@ -134,7 +105,7 @@ class Checkpoint:
             raise BadSource(
                 f"{self.path}: no model weights in {', '.join(shards)}", kind="no_weights"
             )
-        texts = {n: self._text(n) for n in _DECIDING_TEXTS if n in names}
+        texts = {n: self._text(n) for n in DECIDING_TEXTS if n in names}
         files = tuple(self._side_files(names, set(shards)))
         return Source(config, tensors, files, ignored, texts)
 
@@ -180,10 +151,10 @@ class Checkpoint:
 
     def _shard_tensors(self, shard: str) -> Iterator[SourceTensor]:
         opened = self._open(shard)
-        prefix = _pread(opened, 0, min(opened.size, tensorfile.LENGTH_BYTES), shard)
+        prefix = opened.read(0, min(opened.size, tensorfile.LENGTH_BYTES))
         try:
             length = tensorfile.header_length(prefix, opened.size, shard)
-            header = _pread(opened, tensorfile.LENGTH_BYTES, length, shard)
+            header = opened.read(tensorfile.LENGTH_BYTES, length)
             parsed = tensorfile.parse_header(header, opened.size, shard)
         except BadTensorFile as error:
             raise BadTensorFile(error.message, kind="unreadable_shard", hint=error.hint) from None
@@ -218,6 +189,18 @@ def open_checkpoint(
             hint="give the directory that holds config.json and the .safetensors files",
         )
     return Checkpoint(folder, follow_links=follow_links, loose=loose)
+
+
+def read_side_file(folder: Path, name: str) -> bytes:
+    """The content of one file of a checkpoint, nothing else opened.
+
+    Raises BadSource where the checkpoint's own `read_file` does.
+    """
+    opened = _open_file(folder, name, follow_links=False)
+    try:
+        return _text_bytes(opened)
+    finally:
+        opened.close()
 
 
 def is_model_dir(path: str | Path) -> bool:
@@ -332,6 +315,25 @@ def refuse_link_outside(folder: Path, path: Path, name: str, follow_links: bool)
     )
 
 
+def _open_file(folder: Path, name: str, follow_links: bool) -> OpenFile:
+    path = folder / name
+    refuse_link_outside(folder, path, name, follow_links)
+    try:
+        opened = OpenFile(path, name)
+    except OSError as error:
+        raise _cannot_open(name, error) from None
+    if not opened.is_regular:
+        opened.close()
+        raise BadSource(f"{name} is not a regular file", kind="unreadable_shard")
+    return opened
+
+
+def _text_bytes(opened: OpenFile) -> bytes:
+    if opened.size > MAX_TEXT:
+        raise BadSource(f"{opened.name} has {opened.size} bytes; {MAX_TEXT} is the limit")
+    return opened.read(0, opened.size)
+
+
 def _cannot_open(name: str, error: Exception) -> BadSource:
     absent = isinstance(error, OSError) and error.errno == errno.ENOENT
     reason = getattr(error, "strerror", None) or "circular link"
@@ -339,32 +341,4 @@ def _cannot_open(name: str, error: Exception) -> BadSource:
         f"source model is incomplete: {name}: {reason}",
         kind="missing_shard" if absent else "unreadable_shard",
         hint="fetch the missing file again" if absent else None,
-    )
-
-
-def _read_at(fd: int, buffer: memoryview, offset: int) -> int:
-    """Read into a buffer, at most its length; the count of bytes read."""
-    if hasattr(os, "preadv"):
-        return os.preadv(fd, [buffer], offset)
-    part = os.pread(fd, len(buffer), offset)  # older macOS: one copy more
-    buffer[: len(part)] = part
-    return len(part)
-
-
-def _pread(opened: _OpenFile, offset: int, length: int, name: str) -> bytes:
-    parts = []
-    while length:
-        part = os.pread(opened.fd, length, offset)
-        if not part:
-            raise _changed(name)
-        parts.append(part)
-        offset, length = offset + len(part), length - len(part)
-    return b"".join(parts)
-
-
-def _changed(name: str) -> BadSource:
-    return BadSource(
-        f"{name} changed while it was read",
-        kind="source_changed",
-        hint="wait until the download has finished, then run the command again",
     )

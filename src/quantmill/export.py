@@ -22,7 +22,7 @@ from quantmill.errors import BadRequest
 from quantmill.files import translated
 from quantmill.formats import DTYPE_BYTES, Format
 from quantmill.model import Model
-from quantmill.source import CONFIG, INDEX
+from quantmill.source import CONFIG, INDEX, QUANTIZATION_CONFIG
 from quantmill.tensorfile import lay_out
 
 SHARD_BYTES = 5 << 30
@@ -126,7 +126,7 @@ def _write_hf(model: Model, folder: Path, shard_bytes: int) -> _Written:
         k: v for k, v in model.config.items() if k not in {"quantization", "quantization_config"}
     }
     _write_json(folder / CONFIG, config)
-    (folder / "quantization_config.json").unlink(missing_ok=True)
+    (folder / QUANTIZATION_CONFIG).unlink(missing_ok=True)
     return _write_shards(folder, tensors, shard_bytes, {})
 
 

@@ -12,12 +12,11 @@ from quantmill import mediatypes, strictjson
 from quantmill.errors import Corrupt, NotFound, QuantmillError
 from quantmill.manifest import Manifest
 from quantmill.names import ModelName, as_name
-from quantmill.source import CONFIG
+from quantmill.source import CONFIG, MODEL_INDEX
 from quantmill.store import Store
 from quantmill.stored import StoredTensor
 from quantmill.verification import MAX_JSON, describe_ref, read_tensor_file
 
-MODEL_INDEX = "model_index.json"
 _T = TypeVar("_T")
 
 

@@ -10,12 +10,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import stat
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -28,8 +25,9 @@ from quantmill.ggufconfig import Metadata, heads_of, rebuild_config, rebuild_gen
 from quantmill.ggufheader import Blocks, GgufTensor, bad_gguf, parse_header
 from quantmill.ggufnames import EMBEDDING, ROPE_FACTORS, Naming, name_tensors
 from quantmill.gguftokenizer import rebuild_tokenizer
+from quantmill.openfile import OpenFile
 from quantmill.quantize import Bytes, to_bf16
-from quantmill.source import CONFIG, MAX_TEXT, Source, SourceFile, SourceTensor
+from quantmill.source import CONFIG, DECIDING_TEXTS, MAX_TEXT, Source, SourceFile, SourceTensor
 
 PIECE = 1 << 18
 """Elements decoded at once; the library needs some twenty bytes for each."""
@@ -39,7 +37,6 @@ _WIDENED_BYTES = 64 * 2**20
 
 _MAX_FACTORS = 2**12
 _FLOATS = frozenset({"F32", "F16", "BF16"})
-_TEXTS = (CONFIG, "tokenizer_config.json", "chat_template.jinja")
 
 Floats = npt.NDArray[np.float32]
 
@@ -67,11 +64,9 @@ class GgufCheckpoint:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._library = _library()
-        self._fd = _open(path)
+        self._opened = _open(path)
         try:
-            found = os.fstat(self._fd)
-            self._size, self._mtime_ns = found.st_size, found.st_mtime_ns
-            if not stat.S_ISREG(found.st_mode):
+            if not self._opened.is_regular:
                 raise bad_gguf(path.name, "is not a regular file")
             self._files: dict[str, bytes] = {}
             self._views: dict[str, _View] = {}
@@ -83,19 +78,12 @@ class GgufCheckpoint:
     def __enter__(self) -> GgufCheckpoint:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
         """Close the file; the source value stays usable."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        self._opened.close()
 
     def read_into(self, tensor: SourceTensor, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` with the tensor's bytes from `offset` on; raises BadSource if they end."""
@@ -119,15 +107,13 @@ class GgufCheckpoint:
 
     def check_unchanged(self) -> None:
         """Raise BadSource if the file was written to since it was opened."""
-        now = os.fstat(self._fd)
-        if (now.st_size, now.st_mtime_ns) != (self._size, self._mtime_ns):
-            raise _changed(self.path.name)
+        self._opened.check_unchanged()
 
     # -- opening -----------------------------------------------------------------------------------
 
     def _inventory(self) -> Source:
         file = self.path.name
-        header = parse_header(self._pread, self._size, self._library.blocks, file)
+        header = parse_header(self._opened.read, self._opened.size, self._library.blocks, file)
         found = Metadata(header, file)
         _refuse_parts(found)
         layers = found.whole("block_count")
@@ -147,7 +133,7 @@ class GgufCheckpoint:
         config = rebuild_config(found, header, embedding, factors)
         self._rebuild_files(found, config)
         files = [*self._side_files(), *(_explained(header.tensors[n], file) for n in factors)]
-        texts = {n: self._files[n].decode() for n in _TEXTS if n in self._files}
+        texts = {n: self._files[n].decode() for n in DECIDING_TEXTS if n in self._files}
         ordered = {name: tensors[name] for name in sorted(tensors)}
         return Source(config, ordered, tuple(sorted(files, key=lambda f: f.name)), (), texts)
 
@@ -229,7 +215,7 @@ class GgufCheckpoint:
                 skip = begin - whole * block
             count = -(-end // block) - whole
             at = stored.start + whole * stored.block_bytes
-            raw.append(self._pread(at, count * stored.block_bytes))
+            raw.append(self._opened.read(at, count * stored.block_bytes))
         data = np.frombuffer(b"".join(raw), np.uint8)
         if stored.kind == view.dtype and not view.shift:
             return data  # a block of one element: nothing to cut
@@ -238,16 +224,6 @@ class GgufCheckpoint:
         if view.shift:
             values = values - np.float32(view.shift)
         return _encode(values, view.dtype)
-
-    def _pread(self, offset: int, length: int) -> bytes:
-        parts = []
-        while length:
-            part = os.pread(self._fd, length, offset)
-            if not part:
-                raise _changed(self.path.name)
-            parts.append(part)
-            offset, length = offset + len(part), length - len(part)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def open_gguf(path: str | Path) -> GgufCheckpoint:
@@ -387,10 +363,9 @@ def _library() -> _Library:
 # -- files -----------------------------------------------------------------------------------------
 
 
-def _open(path: Path) -> int:
+def _open(path: Path) -> OpenFile:
     try:
-        # non-blocking, or opening a named pipe would wait for a writer
-        return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        return OpenFile(path, path.name)
     except OSError as error:
         raise BadSource(f"{path}: {error.strerror}", kind="bad_gguf") from None
 
@@ -409,11 +384,3 @@ def _explained(stored: GgufTensor, file: str) -> SourceFile:
     """A tensor that becomes part of config.json, for the list of what is left out."""
     reason = "a tensor; config.json says the same as rope_scaling"
     return SourceFile(f"{file}:{stored.name}", stored.nbytes, None, reason)
-
-
-def _changed(name: str) -> BadSource:
-    return BadSource(
-        f"{name} changed while it was read",
-        kind="source_changed",
-        hint="wait until the download has finished, then run the command again",
-    )

@@ -14,6 +14,7 @@ from typing import Any
 from quantmill.errors import BadSource
 from quantmill.ggufconfig import Metadata
 from quantmill.ggufheader import bad_gguf
+from quantmill.source import CHAT_TEMPLATE, TOKENIZER_CONFIG
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER = 1, 2, 3, 4
 _SPACE = "\u2581"
@@ -111,10 +112,10 @@ def rebuild_tokenizer(found: Metadata) -> dict[str, bytes]:
     }
     files = {
         "tokenizer.json": _json(tokenizer),
-        "tokenizer_config.json": _json(_tokenizer_config(vocabulary, found)),
+        TOKENIZER_CONFIG: _json(_tokenizer_config(vocabulary, found)),
     }
     if vocabulary.chat_template is not None:
-        files["chat_template.jinja"] = vocabulary.chat_template.encode()
+        files[CHAT_TEMPLATE] = vocabulary.chat_template.encode()
     return files
 
 

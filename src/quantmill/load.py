@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from quantmill import mediatypes, strictjson
-from quantmill.checkpoint import open_checkpoint
+from quantmill.checkpoint import open_checkpoint, read_side_file
 from quantmill.companions import loaded_name
 from quantmill.errors import BadName, Corrupt, NotFound
 from quantmill.files import translated
@@ -22,13 +22,11 @@ from quantmill.model import Located, Model
 from quantmill.modelconfig import DRAFT_FILE_PREFIX, DRAFT_TENSOR_PREFIX
 from quantmill.names import ModelName, as_name
 from quantmill.quantconfig import read_quant_config
-from quantmill.source import CONFIG
+from quantmill.source import CONFIG, MODEL_INDEX, QUANTIZATION_CONFIG
 from quantmill.store import Store
 from quantmill.tensorfile import TensorFile
 from quantmill.verification import MAX_JSON, read_tensor_file
 
-QUANTIZATION_CONFIG = "quantization_config.json"
-MODEL_INDEX = "model_index.json"
 DRAFT = "draft"
 """The component that is a model's draft model, where it has one."""
 
@@ -175,8 +173,7 @@ def _from_folder(folder: Path, component: str | None) -> Model:
         names = [f.name for f in checkpoint.source.files if f.media_type]
 
     def read(name: str) -> bytes:
-        with open_checkpoint(folder, loose=True) as again:
-            return again.read_file(name)
+        return read_side_file(folder, name)
 
     with translated(index_file):
         index = index_file.read_bytes() if index_file.is_file() else b"{}"

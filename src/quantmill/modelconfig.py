@@ -14,10 +14,7 @@ from quantmill import mediatypes, strictjson
 from quantmill.errors import BadRequest, BadSource
 from quantmill.manifest import go_json
 from quantmill.modelfile import MINIMUM_VERSION, Modelfile, parameters_json, version_key
-from quantmill.source import CONFIG
-
-TOKENIZER_CONFIG = "tokenizer_config.json"
-CHAT_TEMPLATE = "chat_template.jinja"
+from quantmill.source import CHAT_TEMPLATE, CONFIG, TOKENIZER_CONFIG
 
 DRAFT_TENSOR_PREFIX = "draft."
 """Goes before the names of a draft model's tensors and blobs."""

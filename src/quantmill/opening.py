@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import TracebackType
 from typing import Protocol, Self
 
 from quantmill.checkpoint import SUFFIX, list_folder, open_checkpoint, refuse_link_outside
@@ -34,12 +33,7 @@ class OpenSource(Protocol):
 
     def __enter__(self) -> Self: ...
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...
+    def __exit__(self, *_: object) -> None: ...
 
 
 def open_source(path: str | Path, *, follow_links: bool = False) -> OpenSource:

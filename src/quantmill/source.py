@@ -13,6 +13,14 @@ from quantmill.formats import DTYPE_BYTES
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
+QUANTIZATION_CONFIG = "quantization_config.json"
+MODEL_INDEX = "model_index.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+CHAT_TEMPLATE = "chat_template.jinja"
+
+DECIDING_TEXTS = (CONFIG, TOKENIZER_CONFIG, CHAT_TEMPLATE)
+"""Side files whose content decides something (`Source.texts`)."""
+
 MAX_TEXT = 64 * 2**20
 """Largest side file that is read or kept; real tokenizers stay far below."""
 

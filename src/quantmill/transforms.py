@@ -1,6 +1,6 @@
 """Byte-level changes between a source tensor and what is stored or quantized.
 
-Whole small tensors go through `apply`; big plain ones are streamed by create.py, which needs no
+Whole small tensors go through `apply`; big plain ones are streamed by execute.py, which needs no
 transform for copying and stacking because both only put bytes one after the other.
 """
 
