@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from quantmill import mediatypes
 from quantmill.errors import BadRequest, BadSource
@@ -26,7 +25,7 @@ from quantmill.ggufheader import Blocks, GgufTensor, bad_gguf, parse_header
 from quantmill.ggufnames import EMBEDDING, ROPE_FACTORS, Naming, name_tensors
 from quantmill.gguftokenizer import rebuild_tokenizer
 from quantmill.openfile import OpenFile
-from quantmill.quantize import Bytes, to_bf16
+from quantmill.quantize import Bytes, Floats, from_float32, to_float32
 from quantmill.source import CONFIG, DECIDING_TEXTS, MAX_TEXT, Source, SourceFile, SourceTensor
 
 PIECE = 1 << 18
@@ -37,8 +36,6 @@ _WIDENED_BYTES = 64 * 2**20
 
 _MAX_FACTORS = 2**12
 _FLOATS = frozenset({"F32", "F16", "BF16"})
-
-Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +220,7 @@ class GgufCheckpoint:
         values = values[skip or 0 :][: last - first]
         if view.shift:
             values = values - np.float32(view.shift)
-        return _encode(values, view.dtype)
+        return from_float32(values, view.dtype)
 
 
 def open_gguf(path: str | Path) -> GgufCheckpoint:
@@ -262,21 +259,9 @@ def _interleaved(row: int, width: int) -> int:
     return head * width + 2 * pair + half
 
 
-def _encode(values: Floats, dtype: str) -> Bytes:
-    if dtype == "BF16":
-        return to_bf16(np.ascontiguousarray(values).view(np.uint8), "F32")
-    with np.errstate(over="ignore"):
-        kept = values.astype(np.float16 if dtype == "F16" else np.float32)
-    return np.ascontiguousarray(kept).view(np.uint8)
-
-
 def _fits(values: Floats, dtype: str) -> bool:
     """Whether no value changes in this dtype; NaN never fits."""
-    raw = _encode(values, dtype)
-    if dtype == "BF16":
-        again = (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    else:
-        again = raw.view(np.float16).astype(np.float32)
+    again = to_float32(from_float32(values, dtype), dtype)
     return bool(np.array_equal(again, values))
 
 

@@ -13,20 +13,19 @@ Groups are independent, as in quantmill.quantize, whose conventions these are.
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
-from quantmill.errors import BadRequest, BadWeights
-from quantmill.formats import DTYPE_BYTES, FLOAT_DTYPES, Format
+from quantmill.formats import Format
 from quantmill.quantize import (
     MAX_SCALE,
-    ROUNDINGS,
     Bytes,
+    Floats,
     Quantized,
-    count_non_finite,
-    to_bf16,
+    check_rounding,
+    count_groups,
+    from_float32,
+    refuse_overflow,
+    to_float32,
 )
-
-Floats = npt.NDArray[np.float32]
 
 _EPSILON = np.float32(1e-7)
 _LARGEST = {"nvfp4": np.float32(6), "mxfp4": np.float32(6), "mxfp8": np.float32(448)}
@@ -56,21 +55,15 @@ def quantize_as_gpu(
 
     Arguments, results and errors are those of `quantmill.quantize.quantize`.
     """
-    if dtype not in FLOAT_DTYPES:
-        raise BadRequest(f"dtype {dtype} cannot be quantized", kind="unsupported_dtype")
-    count = raw.size // DTYPE_BYTES[dtype]
-    if count % fmt.group_size:
-        raise BadRequest(f"{count} elements are not whole groups of {fmt.group_size}")
-    if not count:
+    if not count_groups(raw, dtype, fmt):
         return Quantized(raw, raw, raw if fmt.has_bias else None)
-    groups = _to_float32(raw, dtype).reshape(-1, fmt.group_size)
+    groups = to_float32(raw, dtype).reshape(-1, fmt.group_size)
     if fmt.mode == "affine":
         return _affine(groups, fmt.bits, raw, dtype)
     ratio = np.fmax.reduce(np.abs(groups), axis=1) / _LARGEST[fmt.mode]
     if fmt.mode == "nvfp4":
         return _nvfp4(groups, ratio, maximum)
-    if rounding not in ROUNDINGS:
-        raise BadRequest(f"unknown rounding {rounding!r}", hint="choose ceil or nearest")
+    check_rounding(rounding)
     return _mx(groups, ratio, fmt, rounding)
 
 
@@ -93,10 +86,10 @@ def _affine(groups: Floats, bits: int, raw: Bytes, dtype: str) -> Quantized:
     # the group, and without a bias no weight is as far from zero as half a step. So the lower one
     # is for infinite weights alone. NaN, as a constant gets whose scale is 0, becomes the last.
     codes = np.fmax(np.fmin(codes, top), np.float32(0))
-    stored = [_from_float32(part, dtype) for part in (scale, bias)]
-    if any(count_non_finite(part, dtype) for part in stored) and not count_non_finite(raw, dtype):
-        raise BadWeights("values are too large: the scale would be infinite", kind="overflow")
-    return Quantized(_pack(codes.astype(np.uint8), bits), stored[0], stored[1])
+    packed = _pack(codes.astype(np.uint8), bits)
+    found = Quantized(packed, from_float32(scale, dtype), from_float32(bias, dtype))
+    refuse_overflow(raw, found, dtype)
+    return found
 
 
 def _half_away(values: Floats) -> Floats:
@@ -181,16 +174,3 @@ def _pack(codes: Bytes, bits: int) -> Bytes:
         return flat[0::2] | (flat[1::2] << np.uint8(4))
     stream = np.unpackbits(flat[:, None], axis=1, count=bits, bitorder="little")
     return np.packbits(stream, bitorder="little")
-
-
-def _to_float32(raw: Bytes, dtype: str) -> Floats:
-    if dtype == "BF16":
-        return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    return raw.view(np.float16 if dtype == "F16" else np.float32).astype(np.float32, copy=False)
-
-
-def _from_float32(values: Floats, dtype: str) -> Bytes:
-    if dtype == "BF16":
-        return to_bf16(values.view(np.uint8), "F32")
-    kind = np.float16 if dtype == "F16" else np.float32
-    return values.astype(kind, copy=False).view(np.uint8)

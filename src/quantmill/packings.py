@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from quantmill.classify import FP8_BLOCK, recorded_metadata
 from quantmill.errors import BadSource
@@ -22,7 +23,7 @@ from quantmill.plans import (
 )
 from quantmill.policy import Policy, decide
 from quantmill.source import Source, SourceTensor
-from quantmill.stacks import blob_of, expert_count, ordered_members, split_experts, stack_blobs
+from quantmill.stacks import blob_of, ordered_members, split_experts, stack_blobs, stacked
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,22 +218,10 @@ def _decoded(weight: SourceTensor, scale: SourceTensor, policy: Policy) -> Tenso
 def _plain_stack(
     group: str, projections: Mapping[str, Mapping[int, SourceTensor]]
 ) -> list[TensorSpec]:
-    count, specs = expert_count(projections), []
-    for projection in sorted(projections):
-        members = ordered_members(group, projection, projections[projection], count)
-        names, first = tuple(m.name for m in members), members[0]
-        specs.append(
-            TensorSpec(
-                f"{group}.{projection}.weight",
-                names,
-                STACK,
-                first.dtype,
-                (count, *first.shape),
-                None,
-                *_PASSED,
-            )
-        )
-    return specs
+    return [
+        TensorSpec(stack.name, names, STACK, stack.dtype, stack.shape, None, *_PASSED)
+        for stack, names in stacked(group, projections)
+    ]
 
 
 def _fp8_stack(
@@ -241,34 +230,25 @@ def _fp8_stack(
     scales: Mapping[str, SourceTensor],
     policy: Policy,
 ) -> list[TensorSpec]:
-    count, specs = expert_count(projections), []
-    for projection in sorted(projections):
-        members = _equal_fp8_members(group, projection, projections[projection], count, scales)
-        shape = (count, *members[0].shape)
-        name = f"{group}.{projection}.weight"
-        decision = decide(policy, name, shape, MXFP8)
-        sources = [m.name for m in members] + [scales[m.name].name for m in members]
+    specs = []
+    for stack, names in stacked(group, projections, partial(_equal_fp8_members, scales)):
+        decision = decide(policy, stack.name, stack.shape, MXFP8)
+        sources = (*names, *(scales[name].name for name in names))
         specs.append(
             TensorSpec(
-                name,
-                tuple(sources),
-                DECODE_STACK_FP8,
-                "BF16",
-                shape,
-                decision.format,
-                decision.rule,
-                f"FP8 decoded; {decision.reason}",
+                stack.name, sources, DECODE_STACK_FP8, "BF16", stack.shape,
+                decision.format, decision.rule, f"FP8 decoded; {decision.reason}",
             )
-        )
+        )  # fmt: skip
     return specs
 
 
 def _equal_fp8_members(
+    scales: Mapping[str, SourceTensor],
     group: str,
     projection: str,
     members: Mapping[int, SourceTensor],
     count: int,
-    scales: Mapping[str, SourceTensor],
 ) -> Sequence[SourceTensor]:
     try:
         ordered = ordered_members(group, projection, members, count)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
@@ -14,7 +14,7 @@ from quantmill.packings import plan_block_fp8, plan_prequantized
 from quantmill.plans import CAST, STACK, BlobSpec, Dropped, Options, Override, Plan, TensorSpec
 from quantmill.policy import Decision, Policy, decide, decide_draft, is_aligned, select_policy
 from quantmill.source import Source, SourceTensor
-from quantmill.stacks import blob_of, expert_count, ordered_members, split_experts, stack_blobs
+from quantmill.stacks import blob_of, split_experts, stack_blobs, stacked
 
 KEEP = "keep"
 
@@ -85,21 +85,8 @@ def _plan_float(
     plain, stacks = split_experts(source.tensors.values())
     blobs = [blob_of(tensor.name, [chooser(tensor, None)]) for tensor in plain]
     for group in sorted(stacks):
-        blobs += stack_blobs(group, [chooser(*s) for s in _stacked(group, stacks[group])])
+        blobs += stack_blobs(group, [chooser(*s) for s in stacked(group, stacks[group])])
     return blobs
-
-
-def _stacked(
-    group: str, projections: Mapping[str, Mapping[int, SourceTensor]]
-) -> Iterable[tuple[SourceTensor, tuple[str, ...]]]:
-    """Each projection as the tensor its stack will be, with the names that go into it."""
-    count = expert_count(projections)
-    for projection in sorted(projections):
-        members = ordered_members(group, projection, projections[projection], count)
-        first = members[0]
-        dtype_bytes(first.dtype)
-        stack = SourceTensor(f"{group}.{projection}.weight", first.dtype, (count, *first.shape))
-        yield stack, tuple(m.name for m in members)
 
 
 def _chooser(
@@ -108,19 +95,21 @@ def _chooser(
     """A function from a tensor (and the names stacked into it) to its spec."""
     by_policy = decide_draft if draft else decide
 
-    def choose(tensor: SourceTensor, stacked: tuple[str, ...] | None) -> TensorSpec:
+    def choose(tensor: SourceTensor, stacked_names: tuple[str, ...] | None) -> TensorSpec:
+        if stacked_names:
+            dtype_bytes(tensor.dtype)
         decision = _decide(tensor, base, options.overrides, lambda b: by_policy(
             policy, tensor.name, tensor.shape, b
         ))  # fmt: skip
         fmt = decision.format
         # anything that is not a plain float is cast before it is quantized (docs/formats.md)
         cast = fmt is not None and tensor.dtype not in FLOAT_DTYPES
-        if cast and stacked:
+        if cast and stacked_names:
             raise BadPlan(f"{tensor.name!r}: experts of dtype {tensor.dtype} cannot be quantized")
         return TensorSpec(
             name=tensor.name,
-            sources=stacked or (tensor.name,),
-            transform=STACK if stacked else CAST if cast else None,
+            sources=stacked_names or (tensor.name,),
+            transform=STACK if stacked_names else CAST if cast else None,
             dtype="BF16" if cast else tensor.dtype,
             shape=tensor.shape,
             format=fmt,

@@ -18,6 +18,7 @@ from quantmill.errors import BadRequest, BadWeights
 from quantmill.formats import DTYPE_BYTES, Format
 
 Bytes = npt.NDArray[np.uint8]
+Floats = npt.NDArray[np.float32]
 
 ROUNDINGS = ("ceil", "nearest")
 """How the exponent of an mx scale is rounded: up, as MLX does since 0.32.2, or to nearest."""
@@ -33,6 +34,7 @@ _BIAS = 127
 _FIRST_WRAPPED_BYTE = 234
 
 _RAW = {"BF16": np.uint16, "F16": np.uint16, "F32": np.uint32}
+_FLOATS = {"F16": np.float16, "F32": np.float32}  # BF16 NumPy does not know
 _EXPONENT_MASK = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}
 
 
@@ -66,13 +68,23 @@ def absolute_maximum(raw: Bytes, dtype: str) -> float:
     bits = raw.view(_RAW[dtype])
     bits = bits & (np.iinfo(bits.dtype).max >> 1)
     largest = np.asarray([bits.max(initial=0)], dtype=bits.dtype)
-    return float(_as_float32(largest, dtype)[0])
+    return float(to_float32(largest, dtype)[0])
 
 
-def _as_float32(bits: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.float32]:
+def to_float32(raw: npt.NDArray[Any], dtype: str) -> Floats:
+    """Elements of BF16, F16 or F32 as F32, exact; F32 ones are not copied."""
     if dtype == "BF16":
-        return (bits.astype(np.uint32) << 16).view(np.float32)
-    return bits.view(np.float16 if dtype == "F16" else np.float32).astype(np.float32)
+        return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return raw.view(_FLOATS[dtype]).astype(np.float32, copy=False)
+
+
+def from_float32(values: Floats, dtype: str) -> Bytes:
+    """F32 numbers as elements of BF16, F16 or F32, rounded to nearest, ties to even."""
+    values = np.ascontiguousarray(values)
+    if dtype == "BF16":
+        return to_bf16(values.view(np.uint8), "F32")
+    with np.errstate(over="ignore"):
+        return values.astype(_FLOATS[dtype], copy=False).view(np.uint8)
 
 
 def to_bf16(raw: Bytes, dtype: str) -> Bytes:
@@ -101,23 +113,35 @@ def quantize(
     """
     import mlx.core as mx
 
-    if dtype not in _RAW:
-        raise BadRequest(f"dtype {dtype} cannot be quantized", kind="unsupported_dtype")
-    count = raw.size // DTYPE_BYTES[dtype]
-    if count % fmt.group_size:
-        raise BadRequest(f"{count} elements are not whole groups of {fmt.group_size}")
-    if not count:  # where some of MLX's operations raise
+    if not count_groups(raw, dtype, fmt):  # where some of MLX's operations raise
         return Quantized(raw, raw, raw if fmt.has_bias else None)
     with mx.stream(mx.cpu):  # whatever device the caller's own code uses
         if fmt.mode in {"mxfp4", "mxfp8"}:
             return _quantize_mx(raw, dtype, fmt, rounding)
         found = _by_mlx(raw, dtype, fmt, maximum)
     if found.biases is not None:
-        _refuse_overflow(raw, found, dtype)
+        refuse_overflow(raw, found, dtype)
     return found
 
 
-def _refuse_overflow(raw: Bytes, found: Quantized, dtype: str) -> None:
+def count_groups(raw: Bytes, dtype: str, fmt: Format) -> int:
+    """How many groups these are; raises BadRequest for other dtypes or a partial group."""
+    if dtype not in _RAW:
+        raise BadRequest(f"dtype {dtype} cannot be quantized", kind="unsupported_dtype")
+    count = raw.size // DTYPE_BYTES[dtype]
+    if count % fmt.group_size:
+        raise BadRequest(f"{count} elements are not whole groups of {fmt.group_size}")
+    return count // fmt.group_size
+
+
+def check_rounding(rounding: str) -> None:
+    """Raise BadRequest for a word that is not in ROUNDINGS."""
+    if rounding not in ROUNDINGS:
+        raise BadRequest(f"unknown rounding {rounding!r}", hint="choose ceil or nearest")
+
+
+def refuse_overflow(raw: Bytes, found: Quantized, dtype: str) -> None:
+    """Raise BadWeights where finite weights of an affine format got an infinite scale or bias."""
     parts = (found.scales, found.biases)
     broken = any(part is not None and count_non_finite(part, dtype) for part in parts)
     if broken and not count_non_finite(raw, dtype):
@@ -130,7 +154,7 @@ def _refuse_overflow(raw: Bytes, found: Quantized, dtype: str) -> None:
 def _to_mlx(mx: Any, raw: Bytes, dtype: str, width: int) -> Any:
     if dtype == "BF16":
         return mx.array(raw.view(np.uint16).reshape(-1, width)).view(mx.bfloat16)
-    return mx.array(raw.view(np.float16 if dtype == "F16" else np.float32).reshape(-1, width))
+    return mx.array(raw.view(_FLOATS[dtype]).reshape(-1, width))
 
 
 def _to_bytes(mx: Any, array: Any) -> Bytes:
@@ -165,10 +189,9 @@ def _by_mlx(raw: Bytes, dtype: str, fmt: Format, maximum: float | None = None) -
 
 
 def _quantize_mx(raw: Bytes, dtype: str, fmt: Format, rounding: str) -> Quantized:
+    check_rounding(rounding)
     if rounding == "nearest":
         return _by_exponent(raw, dtype, fmt, None)
-    if rounding not in ROUNDINGS:
-        raise BadRequest(f"unknown rounding {rounding!r}", hint="choose ceil or nearest")
     found = _by_mlx(raw, dtype, fmt)
     if (found.scales >= _FIRST_WRAPPED_BYTE).any():
         return _with_smallest_scale(found, raw, dtype, fmt)
@@ -179,7 +202,7 @@ def _with_smallest_scale(found: Quantized, raw: Bytes, dtype: str, fmt: Format) 
     """The same result with wrapped groups done again at the smallest exponent."""
     groups = raw.view(_RAW[dtype]).reshape(-1, fmt.group_size)
     magnitudes = (groups & (np.iinfo(groups.dtype).max >> 1)).max(axis=1)
-    small = _as_float32(magnitudes, dtype) < 1.0  # the same bytes mean huge exponents above
+    small = to_float32(magnitudes, dtype) < 1.0  # the same bytes mean huge exponents above
     wrapped = (found.scales >= _FIRST_WRAPPED_BYTE) & small
     if not wrapped.any():
         return found

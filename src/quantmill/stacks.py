@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from quantmill.errors import BadSource
 from quantmill.experts import ExpertName, parse_expert
@@ -70,6 +70,23 @@ def ordered_members(
 def expert_count(projections: Mapping[str, Mapping[int, SourceTensor]]) -> int:
     """How many experts a group must have: one more than the highest index in any projection."""
     return 1 + max(index for members in projections.values() for index in members)
+
+
+def stacked(
+    group: str,
+    projections: Mapping[str, Mapping[int, SourceTensor]],
+    ordered: Callable[..., Sequence[SourceTensor]] = ordered_members,
+) -> Iterator[tuple[SourceTensor, tuple[str, ...]]]:
+    """Each projection as the tensor its stack will be, with the names that go into it.
+
+    `ordered` is called as `ordered_members` is. Raises BadSource where it does.
+    """
+    count = expert_count(projections)
+    for projection in sorted(projections):
+        members = ordered(group, projection, projections[projection], count)
+        name, first = f"{group}.{projection}.weight", members[0]
+        stack = SourceTensor(name, first.dtype, (count, *first.shape))
+        yield stack, tuple(m.name for m in members)
 
 
 def stack_blobs(group: str, specs: list[TensorSpec]) -> list[BlobSpec]:
