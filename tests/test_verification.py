@@ -325,6 +325,23 @@ def test_a_broken_relation_is_found(
     assert problem in damage.message
 
 
+@pytest.mark.parametrize(
+    ("groups", "damaged"), [(2, False), (3, True)], ids=["several formats", "no format"]
+)
+def test_shapes_without_a_type_are_damage_only_where_nothing_fits(
+    store: Store, groups: int, damaged: bool
+) -> None:
+    """Early blobs record no type; that their shapes leave several formats open is no damage."""
+    parts = [
+        (QUANTIZED, "U32", (8, 16)),
+        (f"{QUANTIZED}.scale", "BF16", (8, groups)),
+        (f"{QUANTIZED}.bias", "BF16", (8, groups)),
+    ]
+    header, _ = lay_out(parts, {})
+    replace(store, QUANTIZED, header + bytes(8 * 16 * 4 + 2 * 8 * groups * 2))
+    assert [d.kind for d in verify(store).damage] == (["bad_relation"] if damaged else [])
+
+
 @pytest.mark.parametrize("data", [b"{oops", b"\xff", b'{"a": 1, "a": 2}'])
 def test_a_json_file_that_is_not_json_is_found(store: Store, data: bytes) -> None:
     """A JSON entry must hold JSON, each key once."""

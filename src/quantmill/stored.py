@@ -40,6 +40,7 @@ def describe_blob(file: TensorFile, where: str) -> list[StoredTensor]:
 
     Raises Corrupt, naming `where` and the tensor, when codes, scales, biases and metadata do not
     belong together: packed codes without scales, unknown types, shapes that no group size explains.
+    Kind `ambiguous_parameters`: no type is recorded, and several formats explain the shapes.
     """
     entries = file.entries
     weights = {w.codes: w for w in gather(entries)[0].values()}
@@ -105,10 +106,11 @@ def _inferred(weight: TensorEntry, parts: Mapping[str, TensorEntry], where: str)
     found = fitting(words, groups, "U8" if in_bytes else "F32", has_bias=not in_bytes)
     if in_bytes and not found:
         raise _bad(where, weight.name, f"{words} words and {groups} byte scales fit no format")
-    if len(found) != 1:
-        names = ", ".join(f"{f.name} g{f.group_size}" for f in found) or "no format"
-        raise _bad(where, weight.name, f"no type recorded; the shapes fit {names}")
-    return found[0]
+    if len(found) == 1:
+        return found[0]
+    names = ", ".join(f"{f.name} g{f.group_size}" for f in found) or "no format"
+    kind = "ambiguous_parameters" if found else "bad_relation"
+    raise _bad(where, weight.name, f"no type recorded; the shapes fit {names}", kind)
 
 
 def _last(entry: TensorEntry) -> int:
@@ -139,5 +141,5 @@ def _check_parts(
         raise _bad(where, weight.name, f"a global scale of {extra.dtype} does not fit {fmt.name}")
 
 
-def _bad(where: str, tensor: str, what: str) -> Corrupt:
-    return Corrupt(f"{where}: tensor {tensor!r}: {what}", kind="bad_relation")
+def _bad(where: str, tensor: str, what: str, kind: str = "bad_relation") -> Corrupt:
+    return Corrupt(f"{where}: tensor {tensor!r}: {what}", kind=kind)
