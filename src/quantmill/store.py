@@ -275,9 +275,7 @@ class Store:
                 raise Corrupt(f"manifest of {shown} has {info.st_size} bytes, too many to read")
             return parse_manifest(path.read_bytes(), shown)
         except (FileNotFoundError, NotADirectoryError):
-            raise NotFound(
-                f"no model named {shown}", hint="`quantmill list` shows what is there"
-            ) from None
+            raise _no_model(shown) from None
         except OSError as error:
             raise Corrupt(f"manifest of {shown}: {error.strerror}") from None
 
@@ -301,9 +299,7 @@ class Store:
         """Remove a name, and folders that are empty without it; raises NotFound."""
         path = self.manifest_path(name)
         if not path.is_file():
-            raise NotFound(
-                f"no model named {name.display}", hint="`quantmill list` shows what is there"
-            )
+            raise _no_model(name.display)
         self.disk.remove(path)
         self.disk.sync_folder(path.parent)
         for folder in list(path.parents)[:3]:
@@ -388,6 +384,10 @@ class Store:
             yield
         finally:
             os.close(fd)  # lets the lock go
+
+
+def _no_model(shown: str) -> NotFound:
+    return NotFound(f"no model named {shown}", hint="`quantmill list` shows what is there")
 
 
 def _scan(folder: Path) -> list[os.DirEntry[str]]:
