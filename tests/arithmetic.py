@@ -22,7 +22,7 @@ from quantmill.formats import (
     NVFP4,
     Format,
 )
-from quantmill.quantize import Quantized, absolute_maximum
+from quantmill.weights import Quantized, absolute_maximum
 from reference import Packed
 
 Array = npt.NDArray[Any]

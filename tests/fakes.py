@@ -16,7 +16,7 @@ from quantmill.errors import StoreError
 from quantmill.files import Disk, translated
 from quantmill.manifest import BlobRef, manifest_bytes
 from quantmill.names import parse_name
-from quantmill.store import LOCK_FILE, Pending, Store
+from quantmill.store import LOCK_FILE, OWN_FOLDER, Pending, Store
 
 
 def write_file(path: Path, data: bytes = b"{}") -> Path:
@@ -48,11 +48,11 @@ def put_model(store: Store, name: str, *contents: bytes) -> bytes:
 
 
 def files(store: Store) -> dict[str, bytes]:
-    """Every file of the store, the lock aside."""
+    """Every file of the store, the lock and journals aside."""
     return {
         path.relative_to(store.root).as_posix(): path.read_bytes()
         for path in sorted(store.root.rglob("*"))
-        if path.is_file() and path.name != LOCK_FILE
+        if path.is_file() and path.name != LOCK_FILE and OWN_FOLDER not in path.parts
     }
 
 
@@ -91,13 +91,17 @@ class FaultyDisk(Disk):
         self._unsynced.add(path)
         return path, fd
 
-    def write(self, fd: int, data: memoryview, path: Path) -> None:
+    def write(self, fd: int, data: memoryview, offset: int, path: Path) -> None:
         try:
             self._step("write", path)
         except StoreError:  # a failing write may have written something
-            super().write(fd, data[: len(data) // 2], path)
+            super().write(fd, data[: len(data) // 2], offset, path)
             raise
-        super().write(fd, data, path)
+        super().write(fd, data, offset, path)
+
+    def append(self, path: Path, data: bytes) -> None:
+        self._step("append", path)
+        super().append(path, data)
 
     def close(self, fd: int, path: Path) -> None:
         super().close(fd, path)  # a descriptor is gone even when its close fails

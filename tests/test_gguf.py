@@ -49,9 +49,9 @@ from quantmill.errors import BadRequest, BadSource
 from quantmill.formats import DTYPE_BYTES
 from quantmill.ggufsource import PIECE, GgufCheckpoint, open_gguf
 from quantmill.opening import OpenSource, open_source
-from quantmill.quantize import to_bf16
 from quantmill.store import Store
 from quantmill.verification import verify
+from quantmill.weights import to_bf16
 
 FRANCE = [{"role": "user", "content": "What is the capital of France?"}]
 

@@ -37,7 +37,8 @@ from quantmill.formats import (
     Format,
 )
 from quantmill.gpuround import quantize_as_gpu
-from quantmill.quantize import Quantized, absolute_maximum, quantize
+from quantmill.quantize import quantize
+from quantmill.weights import Quantized, absolute_maximum
 from reference import NUMPY, Packed
 
 INT2_32, INT4_32 = Format("affine", 2, 32), Format("affine", 4, 32)

@@ -11,7 +11,8 @@ import pytest
 from checkpoints import SMALL, write_checkpoint
 from quantmill.creation import create
 from quantmill.errors import QuantmillError
-from quantmill.store import Store
+from quantmill.pruning import prune
+from quantmill.store import OWN_FOLDER, Store
 from vectors import DATA
 
 FILES = json.loads((DATA / "malformed-files" / "CASES.json").read_text())
@@ -35,7 +36,7 @@ def content(store: Store) -> dict[str, bytes]:
     return {
         str(path.relative_to(store.root)): path.read_bytes()
         for path in sorted(store.root.rglob("*"))
-        if path.is_file()
+        if path.is_file() and OWN_FOLDER not in path.parts
     }
 
 
@@ -48,6 +49,7 @@ def check(store: Store, source: Path, quantize: str | None, *, accepted: bool) -
     with pytest.raises(QuantmillError) as caught:
         create("new", source, store=store, quantize=quantize)
     assert caught.value.exit_code == 3
+    prune(store, 0)  # blobs that were finished before the fault was met may wait for another try
     assert content(store) == before
 
 

@@ -35,13 +35,12 @@ from quantmill.formats import (
     NVFP4,
     Format,
 )
-from quantmill.quantize import (
+from quantmill.quantize import quantize
+from quantmill.weights import (
     MAX_SCALE,
     Quantized,
     absolute_maximum,
     count_non_finite,
-    piece_elements,
-    quantize,
     to_bf16,
 )
 from reference import NUMPY, Packed
@@ -483,13 +482,6 @@ def test_no_groups(fmt: Format, rounding: str) -> None:
     found = ours(np.zeros(0, np.float32), "F32", fmt, rounding=rounding)
     sizes = [part.size for part in (found.weight, found.scales, found.biases) if part is not None]
     assert sizes == ([0, 0, 0] if fmt.has_bias else [0, 0])
-
-
-@all_formats
-def test_piece_is_whole_groups(fmt: Format) -> None:
-    """The recommended piece is a whole number of groups."""
-    assert piece_elements(fmt) > 0
-    assert piece_elements(fmt) % fmt.group_size == 0
 
 
 # -- looking at weights ----------------------------------------------------------------------------

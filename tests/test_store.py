@@ -397,7 +397,7 @@ def test_removing_a_missing_manifest_is_not_found(store: Store) -> None:
 def test_unfinished_manifests_are_found(store: Store) -> None:
     """Temporary files of an interrupted `put_manifest` can be listed for removal."""
     left = write_file(store.manifest_path(NAME).parent / ".tmp-01")
-    assert [f.path for f in store.stale_manifest_files()] == [left]
+    assert [f.path for f in store.stale_files()] == [left]
 
 
 # -- order of operations ---------------------------------------------------------------------------
@@ -498,7 +498,7 @@ def test_a_manifest_that_fails_leaves_the_old_one(store: Store) -> None:
         with pytest.raises(StoreError):
             Store(store.root, FaultyDisk(number)).put_manifest(NAME, b"{}")
         assert store.get_manifest(NAME).raw == before
-        assert store.stale_manifest_files() == []
+        assert store.stale_files() == []
 
 
 @pytest.mark.parametrize("renames", [False, True], ids=["renames kept", "renames lost"])
@@ -520,13 +520,13 @@ def test_a_power_cut_leaves_the_model_before_or_after(tmp_path: Path, renames: b
             check_whole(Store(root), after)
 
 
-def full(fd: int, data: memoryview) -> int:
+def full(fd: int, data: memoryview, offset: int) -> int:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_a_full_disk_is_no_space(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """ENOSPC while writing a blob exits with 4, says what to do and leaves nothing."""
-    monkeypatch.setattr(os, "write", full)
+    monkeypatch.setattr(os, "pwrite", full)
     with pytest.raises(NoSpace, match="No space left") as caught:
         put(store, b"abc")
     assert (caught.value.exit_code, caught.value.kind) == (4, "no_space")

@@ -60,6 +60,10 @@ class Checkpoint:
         """Fill `buffer` with the tensor's bytes from `offset` on; raises BadSource if they end."""
         self._files[tensor.file].read_into(tensor.start + offset, buffer)
 
+    def identity(self, tensor: SourceTensor) -> str:
+        """What tells the tensor's file from any other, and from any later state of its own."""
+        return self._files[tensor.file].identity
+
     def read_file(self, name: str) -> bytes:
         """The content of a side file; raises BadSource if it is larger than MAX_TEXT."""
         return _text_bytes(self._open(name))

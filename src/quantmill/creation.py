@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from quantmill import mediatypes, modelconfig, strictjson
 from quantmill.classify import classify, refuse_quantized
 from quantmill.digests import Digest
-from quantmill.errors import BadPlan, BadSource, Corrupt, StoreError
-from quantmill.execute import Progress, Written, default_workers, recorded_options, write_blobs
+from quantmill.errors import BadPlan, BadRequest, BadSource, Corrupt, StoreError
+from quantmill.execute import Progress, Written, recorded_options, write_blobs
 from quantmill.formats import parse_request
 from quantmill.manifest import BlobRef, manifest_bytes, parse_manifest
 from quantmill.modelfile import Modelfile, decode_modelfile, parse_modelfile
 from quantmill.names import ModelName, as_name
 from quantmill.opening import OpenSource, open_source
+from quantmill.pacing import pace
 from quantmill.planner import make_plan
 from quantmill.plans import Options, Plan
 from quantmill.source import Source
@@ -25,13 +26,17 @@ from quantmill.version import __version__
 
 @dataclass(frozen=True, slots=True)
 class Created:
-    """What `create` wrote. `non_finite` pairs tensors with their count of NaN and infinities."""
+    """What `create` wrote. `non_finite` pairs tensors with their count of NaN and infinities.
+
+    `new_blobs` were not in the store before; `resumed` were there and known from an earlier run.
+    """
 
     name: ModelName
     digest: Digest
     plan: Plan
     entries: int
     new_blobs: int
+    resumed: int
     size: int
     non_finite: tuple[tuple[str, int], ...]
 
@@ -75,30 +80,38 @@ def create(
     group_size: int | None = None,
     options: Options | None = None,
     modelfile: Modelfile | None = None,
+    device: str = "cpu",
     workers: int | None = None,
+    memory: int | None = None,
+    restart: bool = False,
     follow_links: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> Created:
     """Import a checkpoint directory into the store under `name`, quantized on the way.
 
-    Decides everything first (see `plan`), streams tensors through at most `workers` threads, and
-    writes the manifest last: until then, and after any failure, the store shows what it showed
-    before. The same input gives the same manifest digest whatever `workers` is.
+    Decides everything first (see `plan`), streams tensors through at most `workers` threads within
+    `memory` bytes for the whole process, and writes the manifest last: until then, and after any
+    failure, the store shows what it showed before. Blobs that an earlier, interrupted run finished
+    are checked and used, unless `restart`. The same input gives the same manifest digest whatever
+    these three are. `device` "gpu" has MLX quantize on Metal or CUDA, which round differently
+    (docs/formats.md).
 
-    Raises BadName, BadRequest, BadSource, BadWeights (NaN or infinite weights), BadPlan and
-    StoreError; each names the file, tensor or name.
+    Raises BadName, BadRequest, BadSource, BadWeights (NaN or infinite weights), BadPlan, OverBudget
+    and StoreError; each names the file, tensor or name.
     """
     target = as_name(name)
     store = store or Store()
     parse_request(quantize, group_size)
+    options = on_device(device, options or Options())
     with open_source(source, follow_links=follow_links) as checkpoint:
         found = checkpoint.source
         decided = plan_for(found, quantize, group_size, options)
         config = _config(decided, found, modelfile)
         side_files = list(_side_files(checkpoint, decided))
+        chosen = pace(decided, workers, memory)
         with store.writing():
             written = write_blobs(
-                decided, checkpoint, store, workers=workers or default_workers(), progress=progress
+                decided, checkpoint, store, pace=chosen, restart=restart, progress=progress
             )
             refs = [*written.refs, *_put_all(store, [*side_files, *_additions(modelfile)])]
             config_ref = _put_all(store, [(mediatypes.CONFIG, None, config)])[0]
@@ -114,8 +127,29 @@ def _created(
     manifest = parse_manifest(raw, target.display)
     return Created(
         store.spelling(target), manifest.digest, decided, len(manifest.blobs), written.new_blobs,
-        manifest.total_size, tuple(written.non_finite.items()),
+        written.resumed, manifest.total_size, tuple(written.non_finite.items()),
     )  # fmt: skip
+
+
+def on_device(device: str, options: Options) -> Options:
+    """Options with the rounding profile of the device that does the arithmetic.
+
+    Raises BadRequest for a device that MLX does not have here.
+    """
+    if device == "cpu":
+        return options
+    if device != "gpu":
+        raise BadRequest(f"unknown device {device!r}", hint="choose cpu or gpu")
+    from quantmill.mlxquantize import gpu_name
+
+    profile = gpu_name()
+    if profile is None:
+        raise BadRequest(
+            "MLX has no GPU here",
+            kind="no_device",
+            hint="leave out --device; --profile gpu follows a GPU's rounding on the CPU",
+        )
+    return replace(options, profile=profile)
 
 
 def _config(decided: Plan, source: Source, modelfile: Modelfile | None) -> bytes:

@@ -8,6 +8,7 @@
     │   ├─ BadTensorFile      exit 3   a tensor file lies about its content
     │   └─ BadWeights         exit 3   weight values that no format can hold (NaN, infinity)
     ├─ BadPlan                exit 3   request, source and format do not fit together
+    ├─ OverBudget             exit 4   the memory budget is too small
     └─ StoreError             exit 1   the store cannot do what was asked
         ├─ NotFound           exit 1   no such model or blob
         ├─ Corrupt            exit 1   bytes do not match their digest or their description
@@ -81,6 +82,13 @@ class BadPlan(QuantmillError):
 
     exit_code = 3
     default_kind = "bad_plan"
+
+
+class OverBudget(QuantmillError):
+    """A memory budget that the work does not fit into."""
+
+    exit_code = 4
+    default_kind = "over_budget"
 
 
 class StoreError(QuantmillError):

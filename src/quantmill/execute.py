@@ -3,42 +3,32 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from queue import SimpleQueue
 
 import numpy as np
 
 from quantmill import mediatypes
-from quantmill.errors import BadWeights, QuantmillError
+from quantmill.digests import Digest
+from quantmill.errors import BadRequest, BadWeights, QuantmillError
 from quantmill.formats import DTYPE_BYTES
-from quantmill.gpuround import quantize_as_gpu
+from quantmill.journal import Journal, Note
 from quantmill.manifest import BlobRef
 from quantmill.opening import OpenSource
+from quantmill.pacing import PIECE_BYTES, Pace
 from quantmill.plans import CAST, STACK, BlobSpec, Options, Plan, TensorSpec
-from quantmill.quantize import (
-    MAX_SCALE,
-    Bytes,
-    absolute_maximum,
-    count_non_finite,
-    piece_elements,
-    quantize,
-    to_bf16,
-)
+from quantmill.quantize import Arithmetic, quantize, scan
 from quantmill.source import SourceTensor
 from quantmill.store import BlobWriter, Pending, Store
-
-PROFILES = {"mlx-cpu": quantize, "gpu": quantize_as_gpu}
-"""Whose rounding to follow (docs/formats.md)."""
+from quantmill.weights import MAX_SCALE, Bytes, Quantized, to_bf16
 
 SMALLEST_MAXIMUM = 1e-30
 """A tensor with no larger magnitude gets no global scale: its inverse would overflow."""
 
-COPY_BYTES = 4 << 20
-BATCH_BLOBS = 64
-BATCH_BYTES = 1 << 30
-"""A batch of finished blobs is synced and named together when it reaches either of these."""
+LARGEST_TAIL = 1 << 20
+"""Scales or biases that a thread keeps in memory until the codes before them are written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,15 +44,30 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What became of a plan's blobs, in plan order. `non_finite` counts elements per tensor."""
+    """What became of a plan's blobs, in plan order. `non_finite` counts elements per tensor.
+
+    `new_blobs` were not in the store; `resumed` were, and were known from an earlier run's notes.
+    """
 
     refs: tuple[BlobRef, ...]
     new_blobs: int
+    resumed: int
     non_finite: Mapping[str, int]
 
 
 class Cancelled(Exception):
     """The work was called off; never seen outside this module's threads."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Done:
+    """A blob that is whole: in a temporary file, or in the store from an earlier run."""
+
+    blob: BlobSpec
+    digest: Digest
+    size: int
+    pending: Pending | None
+    non_finite: Mapping[str, int]
 
 
 @dataclass(slots=True)
@@ -72,12 +77,13 @@ class _Job:
     plan: Plan
     checkpoint: OpenSource
     store: Store
+    journal: Journal
+    arithmetic: Arithmetic
+    piece_bytes: int
     report: Callable[[Progress], None] | None
     tensors_total: int
-    bytes_total: int
     cancelled: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
-    non_finite: dict[str, int] = field(default_factory=dict)
     tensors: int = 0
     bytes: int = 0
 
@@ -88,13 +94,8 @@ class _Job:
             self.tensors += tensors
             self.bytes += nbytes
             if self.report:
-                self.report(
-                    Progress(self.tensors, self.tensors_total, self.bytes, self.bytes_total, blob)
-                )
-
-    def found_non_finite(self, tensor: str, count: int) -> None:
-        with self.lock:
-            self.non_finite[tensor] = self.non_finite.get(tensor, 0) + count
+                total = self.plan.source_bytes
+                self.report(Progress(self.tensors, self.tensors_total, self.bytes, total, blob))
 
 
 def write_blobs(
@@ -102,99 +103,196 @@ def write_blobs(
     checkpoint: OpenSource,
     store: Store,
     *,
-    workers: int,
+    pace: Pace,
+    restart: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> Written:
     """Write every tensor blob of the plan into the store, durable and named when this returns.
 
-    Bytes do not depend on `workers`. On any error, interruption included, unfinished files are
-    removed; blobs named by then stay, referenced by nothing, for a later run or for prune.
+    Bytes do not depend on `pace`. Blobs that an earlier run finished are read and checked, and not
+    computed again, unless `restart` says so. On any error, interruption included, unfinished files
+    are removed; blobs named by then stay, referenced by nothing, for a later run or for prune.
     """
-    job = _Job(plan, checkpoint, store, progress, len(plan.tensors), plan.source_bytes)
-    refs: list[BlobRef] = []
-    batch: list[Pending] = []
+    journal = Journal(store, plan, checkpoint)
+    if restart:
+        journal.forget()
+    job = _Job(
+        plan, checkpoint, store, journal, _arithmetic(plan.options.profile), pace.piece_bytes,
+        progress, len(plan.tensors),
+    )  # fmt: skip
+    done: dict[str, _Done] = {}
     new = 0
-    outstanding: deque[Future[Pending]] = deque()
-    specs = deque(plan.blobs)
-    with ThreadPoolExecutor(workers, thread_name_prefix="quantmill") as pool:
+    finished: SimpleQueue[Future[_Done]] = SimpleQueue()
+    with ThreadPoolExecutor(pace.workers, thread_name_prefix="quantmill") as pool:
+        # The largest first: no thread is left alone with one at the end.
+        order = sorted(plan.blobs, key=lambda blob: -blob.size)
+        uncommitted = {pool.submit(_finish_blob, job, blob) for blob in order}
         try:
-            while specs or outstanding:
-                while specs and len(outstanding) < 4 * workers:
-                    outstanding.append(pool.submit(_write_blob, job, specs.popleft()))
-                pending = outstanding[0].result()
-                outstanding.popleft()
-                batch.append(pending)
-                name = plan.blobs[len(refs)].name
-                refs.append(BlobRef(mediatypes.TENSOR, pending.digest, pending.size, name))
-                if len(batch) >= BATCH_BLOBS or sum(p.size for p in batch) >= BATCH_BYTES:
-                    new += store.commit(batch)
-                    batch = []
-            new += store.commit(batch)
-            batch = []
+            for future in uncommitted:
+                future.add_done_callback(finished.put)
+            while uncommitted:
+                # While these are synced and named the threads go on: what they finish meanwhile is
+                # the next batch.
+                futures = _all_of(finished)
+                batch = [future.result() for future in futures]
+                new += _commit(store, journal, batch)
+                uncommitted -= set(futures)
+                done |= {one.blob.name: one for one in batch}
         finally:
             job.cancelled.set()
             pool.shutdown(wait=True, cancel_futures=True)
-            _discard(store, batch, outstanding)
+            _discard(store, uncommitted)
     checkpoint.check_unchanged()
-    return Written(tuple(refs), new, dict(sorted(job.non_finite.items())))
+    ordered = [done[blob.name] for blob in plan.blobs]
+    counts = {name: n for one in ordered for name, n in one.non_finite.items()}
+    refs = tuple(BlobRef(mediatypes.TENSOR, d.digest, d.size, d.blob.name) for d in ordered)
+    resumed = sum(one.pending is None for one in ordered)
+    return Written(refs, new, resumed, dict(sorted(counts.items())))
 
 
-def _discard(store: Store, batch: list[Pending], outstanding: deque[Future[Pending]]) -> None:
-    for future in outstanding:
+def _all_of(queue: SimpleQueue[Future[_Done]]) -> list[Future[_Done]]:
+    """Everything in the queue; waits for the first."""
+    found = [queue.get()]
+    while not queue.empty():
+        found.append(queue.get())
+    return found
+
+
+def _commit(store: Store, journal: Journal, batch: list[_Done]) -> int:
+    """Give blobs their names and note them down; how many were new."""
+    fresh = [one for one in batch if one.pending is not None]
+    new = store.commit(one.pending for one in fresh if one.pending is not None)
+    journal.add(Note(journal.key(one.blob), one.digest, one.size, one.non_finite) for one in fresh)
+    return new
+
+
+def _discard(store: Store, futures: set[Future[_Done]]) -> None:
+    for future in futures:
         if not future.cancelled() and future.exception() is None:
-            batch.append(future.result())
-    store.discard(batch)
+            pending = future.result().pending
+            store.discard([pending] if pending else [])
 
 
-def _write_blob(job: _Job, blob: BlobSpec) -> Pending:
+def _arithmetic(profile: str) -> Arithmetic:
+    """Whose rounding to follow (docs/formats.md)."""
+    if profile == "mlx-cpu":
+        return quantize
+    if profile == "gpu":
+        from quantmill.gpuround import quantize_as_gpu
+
+        return quantize_as_gpu
+    if profile in {"metal", "cuda"}:
+        from quantmill.mlxquantize import quantize_on_gpu
+
+        return quantize_on_gpu
+    raise BadRequest(f"unknown rounding profile {profile!r}", hint="choose mlx-cpu or gpu")
+
+
+def _finish_blob(job: _Job, blob: BlobSpec) -> _Done:
+    note = job.journal.find(blob)
+    if note is None:
+        return _write_blob(job, blob)
+    job.store.touch_blob(note.digest)
+    tensors = job.checkpoint.source.tensors
+    nbytes = sum(tensors[name].nbytes for spec in blob.tensors for name in spec.sources)
+    job.advance(blob.name, nbytes, tensors=len(blob.tensors))
+    return _Done(blob, note.digest, note.size, None, note.non_finite)
+
+
+def _write_blob(job: _Job, blob: BlobSpec) -> _Done:
+    non_finite: dict[str, int] = {}
     with job.store.new_blob() as writer:
         writer.write(blob.header)
         for spec in blob.tensors:
             try:
-                _write_tensor(job, blob, spec, writer)
+                count = _write_tensor(job, blob, spec, writer)
             except BadWeights as error:
                 raise BadWeights(
                     f"tensor {spec.name!r}: {error.message}", kind=error.kind, hint=error.hint
                 ) from None
+            if count:
+                non_finite[spec.name] = count
             job.advance(blob.name, 0, tensors=1)
-        return writer.finish()
+        pending = writer.finish()
+    return _Done(blob, pending.digest, pending.size, pending, non_finite)
 
 
-def _write_tensor(job: _Job, blob: BlobSpec, spec: TensorSpec, writer: BlobWriter) -> None:
+def _write_tensor(job: _Job, blob: BlobSpec, spec: TensorSpec, writer: BlobWriter) -> int:
+    """Write one tensor and what belongs to it; the count of NaN and infinities quantized."""
     if spec.format is None:
-        for piece in _pieces(job, blob, spec, COPY_BYTES):
+        for piece in _pieces(job, blob, spec):
             writer.write(piece.data)
-        return
-    arithmetic = PROFILES[job.plan.options.profile]
+        return 0
     maximum = _maximum(job, spec) if spec.global_scale else None
-    scales, biases = [], []
-    nbytes = piece_elements(spec.format) * DTYPE_BYTES[spec.dtype]
-    for piece in _pieces(job, blob, spec, nbytes):
-        _check_finite(job, spec, piece)
-        found = arithmetic(
-            piece, spec.dtype, spec.format, rounding=job.plan.options.rounding, maximum=maximum
-        )
+    rounding, non_finite = job.plan.options.rounding, 0
+    tails = [_Tail(writer, size) for size in _tail_sizes(spec)]
+    codes_left = spec.elements * spec.format.bits // 8
+    for piece in _pieces(job, blob, spec):
+        found = job.arithmetic(piece, spec.dtype, spec.format, rounding=rounding, maximum=maximum)
+        non_finite += _allowed(job, spec, found)
         writer.write(found.weight.data)
-        scales.append(found.scales)
-        if found.biases is not None:
-            biases.append(found.biases)
-    for part in (*scales, *biases):
-        writer.write(part.data)
+        codes_left -= found.weight.size
+        distance = codes_left
+        for tail, part in zip(tails, (found.scales, found.biases), strict=False):
+            assert part is not None
+            tail.add(part, distance)
+            distance += tail.size
+    for tail in tails:
+        tail.write()
     if maximum is not None:
         writer.write(np.float32(maximum / MAX_SCALE).tobytes())
+    return non_finite
 
 
-def _check_finite(job: _Job, spec: TensorSpec, piece: Bytes) -> None:
-    count = count_non_finite(piece, spec.dtype)
-    if not count:
-        return
-    if not job.plan.options.allow_non_finite:
+def _tail_sizes(spec: TensorSpec) -> list[int]:
+    """Bytes of the scales and, where there are any, of the biases."""
+    assert spec.format is not None
+    groups = spec.elements // spec.format.group_size
+    size = groups * DTYPE_BYTES[spec.format.scale_dtype(spec.dtype)]
+    return [size, size] if spec.format.has_bias else [size]
+
+
+class _Tail:
+    """What follows the codes: kept until they are all written, or put in its place ahead of time.
+
+    A small one stays in memory. Of a large one, as a big stack of experts has, no more than
+    LARGEST_TAIL does.
+    """
+
+    def __init__(self, writer: BlobWriter, size: int) -> None:
+        self.size = size
+        self._writer = writer
+        self._kept: list[Bytes] = []
+        self._kept_bytes = self._ahead = 0
+
+    def add(self, part: Bytes, distance: int) -> None:
+        """One more part; its tail begins `distance` bytes beyond what is written by now."""
+        self._kept.append(part)
+        self._kept_bytes += part.size
+        if self.size > LARGEST_TAIL and self._kept_bytes > LARGEST_TAIL // 2:
+            self._put_ahead(distance)
+
+    def _put_ahead(self, distance: int) -> None:
+        for part in self._kept:
+            self._writer.write_ahead(part.data, distance + self._ahead)
+            self._ahead += part.size
+        self._kept, self._kept_bytes = [], 0
+
+    def write(self) -> None:
+        """Append the whole tail."""
+        self._writer.take_in(self._ahead)
+        for part in self._kept:
+            self._writer.write(part.data)
+
+
+def _allowed(job: _Job, spec: TensorSpec, found: Quantized) -> int:
+    if found.non_finite and not job.plan.options.allow_non_finite:
         raise BadWeights(
             "holds NaN or infinite values, which no format can represent",
             hint=f"--tensor '{spec.name}=keep' copies it as it is; "
             "--allow-non-finite quantizes it all the same",
         )
-    job.found_non_finite(spec.name, count)
+    return found.non_finite
 
 
 def _maximum(job: _Job, spec: TensorSpec) -> float:
@@ -203,21 +301,23 @@ def _maximum(job: _Job, spec: TensorSpec) -> float:
     A tensor of nothing but zeros, or nearly, gets the maximum that makes the global scale 1.
     """
     found = 0.0
-    for piece in _pieces(job, None, spec, COPY_BYTES):
-        if count_non_finite(piece, spec.dtype):
+    for piece in _pieces(job, None, spec):
+        non_finite, largest = scan(piece, spec.dtype)
+        if non_finite:
             raise BadWeights("a global scale needs finite values")
-        found = max(found, absolute_maximum(piece, spec.dtype))
+        found = max(found, largest)
     return found if found > SMALLEST_MAXIMUM else MAX_SCALE
 
 
-def _pieces(job: _Job, blob: BlobSpec | None, spec: TensorSpec, nbytes: int) -> Iterator[Bytes]:
-    """The spec's data in pieces of about `nbytes`, valid until the next one is asked for.
+def _pieces(job: _Job, blob: BlobSpec | None, spec: TensorSpec) -> Iterator[Bytes]:
+    """The spec's data in pieces, valid until the next one is asked for.
 
     A piece never spans two sources, and all but a source's last hold whole groups.
     """
     if spec.transform not in {None, STACK, CAST}:
         raise QuantmillError(f"{spec.name!r}: transform {spec.transform} cannot be carried out yet")
     tensors = job.checkpoint.source.tensors
+    nbytes = job.piece_bytes if spec.format else PIECE_BYTES
     buffer = np.empty(min(nbytes, max(tensors[name].nbytes for name in spec.sources)), np.uint8)
     for name in spec.sources:
         yield from _source_pieces(job, blob, tensors[name], buffer, spec.transform == CAST)
@@ -232,17 +332,6 @@ def _source_pieces(
         yield to_bf16(piece, tensor.dtype) if cast else piece
         if blob is not None:
             job.advance(blob.name, piece.size)
-
-
-def default_workers() -> int:
-    """One for each processor this process may use, four at most."""
-    import os
-
-    try:
-        usable = len(os.sched_getaffinity(0))
-    except AttributeError:  # not on macOS
-        usable = os.cpu_count() or 1
-    return max(1, min(4, usable))
 
 
 def recorded_options(options: Options) -> dict[str, object]:

@@ -24,7 +24,7 @@ class Disk:
 
     def create(self, folder: Path, prefix: str) -> tuple[Path, int]:
         """A new file with a name of its own, open for writing: its path and descriptor."""
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         path = folder / f"{prefix}{secrets.token_hex(8)}"
         with translated(folder):
             while True:
@@ -34,11 +34,23 @@ class Disk:
                 except FileNotFoundError:  # another process removed the folder, empty, in between
                     continue
 
-    def write(self, fd: int, data: memoryview, path: Path) -> None:
-        """Append all of `data`."""
+    def write(self, fd: int, data: memoryview, offset: int, path: Path) -> None:
+        """Write all of `data` from `offset` on."""
         with translated(path):
             while data:
-                data = data[os.write(fd, data) :]
+                count = os.pwrite(fd, data, offset)
+                data, offset = data[count:], offset + count
+
+    def append(self, path: Path, data: bytes) -> None:
+        """Add to the end of a file, which is created, with its folder, where it is absent."""
+        self.make_folder(path.parent)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+        with translated(path):
+            fd = os.open(path, flags, FILE_MODE)
+            try:
+                os.write(fd, data)  # at once, so that lines of two processes do not mix
+            finally:
+                os.close(fd)
 
     def close(self, fd: int, path: Path) -> None:
         """Close a descriptor that `create` gave."""

@@ -25,8 +25,8 @@ from quantmill.ggufheader import Blocks, GgufTensor, bad_gguf, parse_header
 from quantmill.ggufnames import EMBEDDING, ROPE_FACTORS, Naming, name_tensors
 from quantmill.gguftokenizer import rebuild_tokenizer
 from quantmill.openfile import OpenFile
-from quantmill.quantize import Bytes, Floats, from_float32, to_float32
 from quantmill.source import CONFIG, DECIDING_TEXTS, MAX_TEXT, Source, SourceFile, SourceTensor
+from quantmill.weights import Bytes, Floats, from_float32, to_float32
 
 PIECE = 1 << 18
 """Elements decoded at once; the library needs some twenty bytes for each."""
@@ -95,6 +95,11 @@ class GgufCheckpoint:
             part = values[max(offset - at, 0) : end - at]
             begin = max(at - offset, 0)
             buffer[begin : begin + part.size] = part.data
+
+    def identity(self, tensor: SourceTensor) -> str:
+        """What tells the file from any other, and from any later state of its own."""
+        del tensor
+        return self._opened.identity
 
     def read_file(self, name: str) -> bytes:
         """The content of a rebuilt side file."""

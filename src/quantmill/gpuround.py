@@ -12,16 +12,19 @@ Groups are independent, as in quantmill.quantize, whose conventions these are.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from quantmill.formats import Format
-from quantmill.quantize import (
+from quantmill.weights import (
     MAX_SCALE,
     Bytes,
     Floats,
     Quantized,
     check_rounding,
     count_groups,
+    count_non_finite,
     from_float32,
     refuse_overflow,
     to_float32,
@@ -57,9 +60,16 @@ def quantize_as_gpu(
     """
     if not count_groups(raw, dtype, fmt):
         return Quantized(raw, raw, raw if fmt.has_bias else None)
-    groups = to_float32(raw, dtype).reshape(-1, fmt.group_size)
     if fmt.mode == "affine":
-        return _affine(groups, fmt.bits, raw, dtype)
+        found = _affine(raw, dtype, fmt)
+        refuse_overflow(raw, found, dtype, fmt)
+    else:
+        found = _float(raw, dtype, fmt, rounding, maximum)
+    return replace(found, non_finite=count_non_finite(raw, dtype))
+
+
+def _float(raw: Bytes, dtype: str, fmt: Format, rounding: str, maximum: float | None) -> Quantized:
+    groups = to_float32(raw, dtype).reshape(-1, fmt.group_size)
     ratio = np.fmax.reduce(np.abs(groups), axis=1) / _LARGEST[fmt.mode]
     if fmt.mode == "nvfp4":
         return _nvfp4(groups, ratio, maximum)
@@ -70,8 +80,9 @@ def quantize_as_gpu(
 # -- affine ----------------------------------------------------------------------------------------
 
 
-def _affine(groups: Floats, bits: int, raw: Bytes, dtype: str) -> Quantized:
-    top = np.float32(2**bits - 1)
+def _affine(raw: Bytes, dtype: str, fmt: Format) -> Quantized:
+    groups = to_float32(raw, dtype).reshape(-1, fmt.group_size)
+    top = np.float32(2**fmt.bits - 1)
     least: Floats = np.fmin.reduce(groups, axis=1)
     largest: Floats = np.fmax.reduce(groups, axis=1, initial=np.float32(0))
     negative = np.abs(least) > np.abs(largest)
@@ -86,10 +97,8 @@ def _affine(groups: Floats, bits: int, raw: Bytes, dtype: str) -> Quantized:
     # the group, and without a bias no weight is as far from zero as half a step. So the lower one
     # is for infinite weights alone. NaN, as a constant gets whose scale is 0, becomes the last.
     codes = np.fmax(np.fmin(codes, top), np.float32(0))
-    packed = _pack(codes.astype(np.uint8), bits)
-    found = Quantized(packed, from_float32(scale, dtype), from_float32(bias, dtype))
-    refuse_overflow(raw, found, dtype)
-    return found
+    packed = _pack(codes.astype(np.uint8), fmt.bits)
+    return Quantized(packed, from_float32(scale, dtype), from_float32(bias, dtype))
 
 
 def _half_away(values: Floats) -> Floats:

@@ -12,7 +12,8 @@ from quantmill.errors import BadSource
 class OpenFile:
     """An open file that errors call `name`; it may be read from any thread.
 
-    `size` is in bytes, as it was on opening. Raises OSError where the file cannot be opened.
+    `size` is in bytes, as it was on opening; `identity` changes with every write to the file.
+    Raises OSError where the file cannot be opened.
     """
 
     def __init__(self, path: Path, name: str) -> None:
@@ -21,6 +22,13 @@ class OpenFile:
         self._fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         found = os.fstat(self._fd)
         self.size, self._mtime_ns = found.st_size, found.st_mtime_ns
+        # no program can set the time of the last change, whatever it does with the others
+        self.identity = ":".join(
+            str(n)
+            for n in (
+                found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns,
+            )
+        )  # fmt: skip
         self.is_regular = stat.S_ISREG(found.st_mode)
 
     def close(self) -> None:

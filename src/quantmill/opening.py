@@ -22,6 +22,9 @@ class OpenSource(Protocol):
     def read_into(self, tensor: SourceTensor, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` with the tensor's bytes from `offset` on; callable from any thread."""
 
+    def identity(self, tensor: SourceTensor) -> str:
+        """What tells the file that holds the tensor from any other, and from any later state."""
+
     def read_file(self, name: str) -> bytes:
         """The content of a side file."""
 

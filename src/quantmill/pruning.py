@@ -65,7 +65,7 @@ def plan_prune(store: Store, older_than: float = GRACE_SECONDS) -> PrunePlan:
             hint="nothing is pruned while a manifest is unreadable; remove or replace that model",
         ) from None
     loose = [blob for blob in store.list_blobs() if blob.digest not in needed]
-    loose += store.stale_manifest_files()
+    loose += store.stale_files()
     old = [blob for blob in loose if blob.age >= older_than]
     return PrunePlan(
         tuple(b for b in old if b.digest is not None),

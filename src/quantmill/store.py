@@ -29,6 +29,12 @@ from quantmill.names import ModelName, name_from_path
 # Not a digest, so collectors take it for what it is; the prefix is the one Ollama uses.
 TEMP_BLOB = "sha256-tmp-"
 TEMP_MANIFEST = ".tmp-"
+CHUNK = 1 << 20
+"""Bytes read or hashed at once."""
+
+OWN_FOLDER = ".quantmill"
+"""What Ollama has no counterpart of lies here: journals of unfinished work."""
+
 LOCK_FILE = ".quantmill.lock"
 
 
@@ -89,10 +95,29 @@ class BlobWriter:
         """Append bytes."""
         view = memoryview(data).cast("B")
         self._hash.update(view)
+        self._disk.write(self._open_fd(), view, self._size, self._path)
+        self._size += len(view)
+
+    def write_ahead(self, data: bytes | memoryview, distance: int) -> None:
+        """Write bytes `distance` beyond the end, to be taken in when everything before is there."""
+        view = memoryview(data).cast("B")
+        self._disk.write(self._open_fd(), view, self._size + distance, self._path)
+
+    def take_in(self, count: int) -> None:
+        """Append `count` bytes that `write_ahead` put there."""
+        while count:
+            with translated(self._path):
+                part = os.pread(self._open_fd(), min(count, CHUNK), self._size)
+            if not part:
+                raise Corrupt(f"{self._path}: bytes that were written are not there")
+            self._hash.update(part)
+            self._size += len(part)
+            count -= len(part)
+
+    def _open_fd(self) -> int:
         if self._fd is None:
             raise ValueError("write to a finished blob")
-        self._disk.write(self._fd, view, self._path)
-        self._size += len(view)
+        return self._fd
 
     def finish(self) -> Pending:
         """Close the file and check its length; the blob gets its name in `Store.commit`."""
@@ -140,15 +165,15 @@ class Store:
         """Make complete blobs durable and give them their names; returns how many were new.
 
         All are synced first, then renamed, then the folder is synced once. A blob that is there
-        with the right size is kept and touched, so that a collector with an age limit spares it;
-        one with another size is damaged and replaced.
+        already is kept and touched, so that a collector with an age limit spares it; one whose
+        bytes are not what its name says is replaced.
         """
         new: dict[Digest, Pending] = {}
         for blob in pending:
             if blob.digest in new:
                 self.disk.remove(blob.path)
-            elif self._is_present(blob):
-                self.disk.touch(self.blob_path(blob.digest))
+            elif self.holds(blob.digest, blob.size):
+                self.touch_blob(blob.digest)
                 self.disk.remove(blob.path)
             else:
                 new[blob.digest] = blob
@@ -160,12 +185,19 @@ class Store:
             self.disk.sync_folder(self.blobs)
         return len(new)
 
-    def _is_present(self, blob: Pending) -> bool:
+    def holds(self, digest: Digest, size: int) -> bool:
+        """Whether a blob is there whole: its size right and its digest recomputed."""
         try:
-            found = self.blob_path(blob.digest).lstat()
-        except OSError:
+            found = self.blob_path(digest).lstat()
+            if not stat.S_ISREG(found.st_mode) or found.st_size != size:
+                return False
+            return self.hash_blob(digest) == digest
+        except (OSError, NotFound):
             return False
-        return stat.S_ISREG(found.st_mode) and found.st_size == blob.size
+
+    def touch_blob(self, digest: Digest) -> None:
+        """Set a blob's time to now, so that a collector with an age limit spares it."""
+        self.disk.touch(self.blob_path(digest))
 
     def discard(self, pending: Iterable[Pending]) -> None:
         """Remove complete blobs that will not be committed."""
@@ -191,7 +223,7 @@ class Store:
         return size
 
     def blob_chunks(
-        self, digest: Digest, start: int, end: int, chunk: int = 1 << 20
+        self, digest: Digest, start: int, end: int, chunk: int = CHUNK
     ) -> Iterator[bytes]:
         """The bytes from `start` to `end`, at most `chunk` at a time; raises NotFound, Corrupt."""
         path = self.blob_path(digest)
@@ -224,9 +256,11 @@ class Store:
 
     def hash_blob(self, digest: Digest) -> Digest:
         """The digest that the bytes on disk really have."""
-        found = hashlib.sha256()
-        for part in self.blob_chunks(digest, 0, self.blob_size(digest)):
-            found.update(part)
+        found, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK))
+        path = self.blob_path(digest)
+        with translated(path), path.open("rb", buffering=0) as file:
+            while count := file.readinto(buffer):
+                found.update(buffer[:count])
         return Digest(found.hexdigest())
 
     def remove_blob(self, digest: Digest) -> None:
@@ -285,7 +319,7 @@ class Store:
         path, fd = self.disk.create(target.parent, TEMP_MANIFEST)
         try:
             try:
-                self.disk.write(fd, memoryview(raw), path)
+                self.disk.write(fd, memoryview(raw), 0, path)
             finally:
                 self.disk.close(fd, path)
             self.disk.sync(path)
@@ -337,12 +371,19 @@ class Store:
                 if _leads_to(entry, os.DirEntry.is_file):
                     yield Path(entry.path)
 
-    def stale_manifest_files(self) -> list[BlobFile]:
-        """Temporary files that an interrupted `put_manifest` left."""
+    @property
+    def journals(self) -> Path:
+        """Folder of the notes on finished blobs (journal.py)."""
+        return self.root / OWN_FOLDER / "journals"
+
+    def stale_files(self) -> list[BlobFile]:
+        """Temporary files that an interrupted `put_manifest` left, and journals."""
         now = time.time()
         found = []
-        for path in self._manifest_files():
-            if path.name.startswith(TEMP_MANIFEST):
+        unnamed = [p for p in self._manifest_files() if p.name.startswith(TEMP_MANIFEST)]
+        journals = [Path(entry.path) for entry in _scan(self.journals)]
+        for path in (*unnamed, *journals):
+            if path.is_file():
                 with suppress(FileNotFoundError):  # renamed or removed since the folder was read
                     info = path.stat()
                     age = max(0.0, now - info.st_mtime)

@@ -1,0 +1,129 @@
+// The Python module: checks of sizes, the interpreter's lock let go, and a call. Nothing is computed
+// here.
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+
+#include "kernels.h"
+
+namespace nb = nanobind;
+using namespace quantmill;
+
+namespace {
+
+using Bytes = nb::ndarray<const std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Room = nb::ndarray<std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+Dtype dtype_of(std::string_view name) {
+    if (name == "BF16") return Dtype::bf16;
+    if (name == "F16") return Dtype::f16;
+    if (name == "F32") return Dtype::f32;
+    throw nb::value_error("unknown dtype");
+}
+
+// Only combinations that the kernels have code for get through.
+Format format_of(std::string_view mode, int bits, int group_size) {
+    if (mode == "affine") {
+        const bool known_bits = (bits >= 2 && bits <= 6) || bits == 8;
+        const bool known_size = group_size == 32 || group_size == 64 || group_size == 128;
+        if (known_bits && known_size) return {Mode::affine, bits, group_size};
+    }
+    if (mode == "mxfp4" && bits == 4 && group_size == 32) return {Mode::mxfp4, bits, group_size};
+    if (mode == "mxfp8" && bits == 8 && group_size == 32) return {Mode::mxfp8, bits, group_size};
+    if (mode == "nvfp4" && bits == 4 && group_size == 16) return {Mode::nvfp4, bits, group_size};
+    throw nb::value_error("unknown format");
+}
+
+const Implementation& implementation_of(std::string_view name) {
+    const Implementation* found = find_implementation(name);
+    if (found == nullptr) throw nb::value_error("no implementation of that name");
+    if (!found->supported()) throw nb::value_error("this processor does not support it");
+    return *found;
+}
+
+void require(bool holds, const char* what) {
+    if (!holds) throw nb::value_error(what);
+}
+
+std::size_t group_count(std::size_t nbytes, std::size_t group_bytes) {
+    require(nbytes % group_bytes == 0, "not a whole number of groups");
+    return nbytes / group_bytes;
+}
+
+nb::tuple quantize(Bytes weights, const std::string& dtype_name, const std::string& mode, int bits,
+                   int group_size, float encode, Room codes, Room scales, Room biases,
+                   const std::string& implementation) {
+    const Dtype dtype = dtype_of(dtype_name);
+    const Format format = format_of(mode, bits, group_size);
+    const Implementation& with = implementation_of(implementation);
+    const std::size_t group_bytes = dtype_bytes(dtype) * static_cast<std::size_t>(group_size);
+    const std::size_t groups = group_count(weights.size(), group_bytes);
+    const std::size_t bias_bytes = format.mode == Mode::affine ? dtype_bytes(dtype) : 0;
+    require(codes.size() == groups * code_bytes(format), "wrong room for codes");
+    require(scales.size() == groups * scale_bytes(format, dtype), "wrong room for scales");
+    require(biases.size() == groups * bias_bytes, "wrong room for biases");
+    const QuantizeTask task = {dtype,        format,        groups,       weights.data(), encode,
+                               codes.data(), scales.data(), biases.data()};
+    Outcome outcome;
+    {
+        nb::gil_scoped_release unlocked;
+        outcome = with.quantize(task);
+    }
+    return nb::make_tuple(outcome.non_finite, outcome.overflows);
+}
+
+void dequantize(Bytes codes, Bytes scales, Bytes biases, const std::string& dtype_name,
+                const std::string& mode, int bits, int group_size, Room values,
+                const std::string& implementation) {
+    const Dtype dtype = dtype_of(dtype_name);
+    const Format format = format_of(mode, bits, group_size);
+    const Implementation& with = implementation_of(implementation);
+    require(format.mode == Mode::affine || dtype == Dtype::bf16, "float formats give BF16");
+    const std::size_t groups = group_count(codes.size(), code_bytes(format));
+    const std::size_t bias_bytes = format.mode == Mode::affine ? dtype_bytes(dtype) : 0;
+    const std::size_t value_bytes = dtype_bytes(dtype) * static_cast<std::size_t>(group_size);
+    require(scales.size() == groups * scale_bytes(format, dtype), "wrong number of scales");
+    require(biases.size() == groups * bias_bytes, "wrong number of biases");
+    require(values.size() == groups * value_bytes, "wrong room for values");
+    const DequantizeTask task = {dtype,         format,        groups,       codes.data(),
+                                 scales.data(), biases.data(), values.data()};
+    nb::gil_scoped_release unlocked;
+    with.dequantize(task);
+}
+
+nb::tuple scan_weights(Bytes weights, const std::string& dtype_name) {
+    const Dtype dtype = dtype_of(dtype_name);
+    const std::size_t count = group_count(weights.size(), dtype_bytes(dtype));
+    Scan found;
+    {
+        nb::gil_scoped_release unlocked;
+        found = scan(dtype, weights.data(), count);
+    }
+    return nb::make_tuple(found.non_finite, found.largest);
+}
+
+nb::list list_implementations() {
+    nb::list found;
+    const Implementations all = implementations();
+    for (std::size_t i = 0; i < all.count; ++i) {
+        const Implementation& one = *all.first[i];
+        found.append(nb::make_tuple(nb::str(one.name.data(), one.name.size()),
+                                    nb::str(one.what.data(), one.what.size()), one.supported()));
+    }
+    return found;
+}
+
+}  // namespace
+
+NB_MODULE(_native, module) {
+    module.def("implementations", list_implementations);
+    module.def("best", [] { return nb::str(best_implementation().name.data()); });
+    module.def("quantize", quantize, nb::arg("weights"), nb::arg("dtype"), nb::arg("mode"),
+               nb::arg("bits"), nb::arg("group_size"), nb::arg("encode"), nb::arg("codes"),
+               nb::arg("scales"), nb::arg("biases"), nb::arg("implementation"));
+    module.def("dequantize", dequantize, nb::arg("codes"), nb::arg("scales"), nb::arg("biases"),
+               nb::arg("dtype"), nb::arg("mode"), nb::arg("bits"), nb::arg("group_size"),
+               nb::arg("values"), nb::arg("implementation"));
+    module.def("scan", scan_weights, nb::arg("weights"), nb::arg("dtype"));
+}

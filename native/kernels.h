@@ -1,0 +1,92 @@
+// What the kernels promise: groups of weights in; packed codes, scales and biases out, and back.
+// Plain pointers and sizes; no Python. docs/formats.md describes the arithmetic bit for bit.
+
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string_view>
+
+namespace quantmill {
+
+enum class Dtype { bf16, f16, f32 };
+enum class Mode { affine, mxfp4, mxfp8, nvfp4 };
+
+struct Format {
+    Mode mode;
+    int bits;
+    int group_size;
+};
+
+// Consecutive groups of weights and where their codes, scales and biases go. Nothing needs to be
+// aligned. Codes take bits * group_size / 8 bytes a group. Affine scales and biases have the
+// weights' dtype; float formats have one byte a group and no biases.
+struct QuantizeTask {
+    Dtype dtype;
+    Format format;
+    std::size_t groups;
+    const std::uint8_t* weights;
+    float encode;  // nvfp4 only: 2688 / global maximum, or 1
+    std::uint8_t* codes;
+    std::uint8_t* scales;
+    std::uint8_t* biases;
+};
+
+// What the caller may want to refuse. Both are counted over all groups of the task.
+struct Outcome {
+    std::size_t non_finite = 0;  // weights that are NaN or infinite
+    std::size_t overflows = 0;   // groups of finite weights whose affine scale is not finite
+};
+
+// The way back. `dtype` is that of affine scales and biases and of the values; float formats give
+// BF16.
+struct DequantizeTask {
+    Dtype dtype;
+    Format format;
+    std::size_t groups;
+    const std::uint8_t* codes;
+    const std::uint8_t* scales;
+    const std::uint8_t* biases;
+    std::uint8_t* values;
+};
+
+// One way to compute, the same bytes as every other.
+struct Implementation {
+    std::string_view name;
+    std::string_view what;
+    bool (*supported)();  // by this processor and its operating system
+    Outcome (*quantize)(const QuantizeTask&);
+    void (*dequantize)(const DequantizeTask&);
+};
+
+struct Implementations {
+    const Implementation* const* first;
+    std::size_t count;
+};
+
+// All that were compiled, the plainest first, the fastest last.
+Implementations implementations();
+
+// The implementation of that name, or null.
+const Implementation* find_implementation(std::string_view name);
+
+// The last supported one.
+const Implementation& best_implementation();
+
+// Count of NaN and infinities, and the largest magnitude (NaN ignored), of `count` elements.
+struct Scan {
+    std::size_t non_finite;
+    float largest;
+};
+Scan scan(Dtype dtype, const std::uint8_t* weights, std::size_t count);
+
+// static: see numbers.h on sharing between instruction sets
+static constexpr std::size_t dtype_bytes(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
+static constexpr std::size_t scale_bytes(const Format& format, Dtype dtype) {
+    return format.mode == Mode::affine ? dtype_bytes(dtype) : 1;
+}
+static constexpr std::size_t code_bytes(const Format& format) {
+    return static_cast<std::size_t>(format.bits) * static_cast<std::size_t>(format.group_size) / 8;
+}
+
+}  // namespace quantmill

@@ -1,0 +1,157 @@
+"""The native kernels: which implementations there are, which one works, and calls on raw bytes.
+
+The extension `quantmill._native` holds several implementations of the same arithmetic, one for each
+instruction set; all give the same bytes (docs/architecture.md). The fastest that this processor has
+is used. QUANTMILL_KERNELS names another one; `mlx` does without the extension.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+
+import numpy as np
+
+from quantmill.errors import BadRequest
+from quantmill.formats import DTYPE_BYTES, FLOAT_DTYPES, Format, is_valid
+from quantmill.weights import Bytes, Quantized, too_large
+
+VARIABLE = "QUANTMILL_KERNELS"
+"""Environment variable: the name of an implementation."""
+
+MLX = "mlx"
+"""The name that means: without the extension, by MLX's own CPU quantizer."""
+
+_NOTHING = np.empty(0, np.uint8)
+
+
+class NoKernels(UserWarning):
+    """The extension cannot be loaded, and MLX does the work: same bytes, many times slower."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    """An implementation: what it is, whether this processor has it, whether it is used."""
+
+    name: str
+    what: str
+    supported: bool
+    used: bool
+
+
+def in_use() -> str:
+    """Name of the implementation that works: `mlx` where the extension is absent or unwanted.
+
+    Raises BadRequest for a name in QUANTMILL_KERNELS that does not exist or that this processor
+    does not support. An extension that cannot be loaded is warned of once (NoKernels).
+    """
+    return _chosen(os.environ.get(VARIABLE, ""))
+
+
+@cache
+def _chosen(wanted: str) -> str:
+    if wanted == MLX:
+        return MLX
+    native, problem = _load()
+    if native is None:
+        if wanted:
+            raise BadRequest(f"{VARIABLE} is {wanted}, but {problem}", hint=f"unset {VARIABLE}")
+        warnings.warn(
+            f"{problem}; MLX's own quantizer does the work, with the same bytes and many times "
+            "slower. Reinstall quantmill to build the extension.",
+            NoKernels,
+            stacklevel=2,
+        )
+        return MLX
+    if not wanted:
+        return str(native.best())
+    supported = {name: fits for name, _, fits in native.implementations()}
+    if wanted not in supported:
+        known = ", ".join((MLX, *supported))
+        raise BadRequest(f"{VARIABLE} is {wanted!r}", hint=f"choose one of {known}")
+    if not supported[wanted]:
+        raise BadRequest(
+            f"this processor does not support {wanted}", hint=f"unset {VARIABLE}", kind="no_kernels"
+        )
+    return wanted
+
+
+def _load() -> tuple[ModuleType | None, str]:
+    """The extension, or None and the reason."""
+    try:
+        from quantmill import _native
+    except ImportError as error:
+        return None, f"the extension quantmill._native cannot be loaded ({error})"
+    return _native, ""
+
+
+def list_kernels() -> tuple[Kernels, ...]:
+    """Every implementation, the plainest first, MLX's last."""
+    used = in_use()
+    native, problem = _load()
+    found = native.implementations() if native else ()
+    rows = [Kernels(name, what, fits, name == used) for name, what, fits in found]
+    what = f"MLX's own quantizer ({problem})" if problem else "MLX's own quantizer"
+    return (*rows, Kernels(MLX, what, True, used == MLX))
+
+
+def quantize(raw: Bytes, dtype: str, fmt: Format, encode: float = 1.0) -> Quantized | None:
+    """Quantize whole groups of BF16, F16 or F32, or None where the extension is not in use.
+
+    `encode` is 2688 over the tensor's largest magnitude where an nvfp4 global scale is wanted.
+    Raises BadWeights where finite weights are too large for a finite affine scale.
+    """
+    with_ = in_use()
+    if with_ == MLX:
+        return None
+    from quantmill import _native
+
+    groups = raw.size // DTYPE_BYTES[dtype] // fmt.group_size
+    scale_bytes = groups * DTYPE_BYTES[fmt.scale_dtype(dtype)]
+    codes = np.empty(groups * fmt.group_size * fmt.bits // 8, np.uint8)
+    scales = np.empty(scale_bytes, np.uint8)
+    biases = np.empty(scale_bytes, np.uint8) if fmt.has_bias else None
+    non_finite, overflows = _native.quantize(
+        raw, dtype, fmt.mode, fmt.bits, fmt.group_size, encode,
+        codes, scales, _NOTHING if biases is None else biases, with_,
+    )  # fmt: skip
+    if overflows:
+        raise too_large()
+    return Quantized(codes, scales, biases, non_finite)
+
+
+def dequantize(
+    codes: Bytes, scales: Bytes, biases: Bytes | None, dtype: str, fmt: Format
+) -> Bytes | None:
+    """Values of whole groups as raw bytes, or None where the extension is not in use.
+
+    `dtype` is that of affine scales, biases and values; float formats always give BF16. None also
+    for parameters that the kernels have no code for (`is_valid` of quantmill.formats).
+    """
+    with_ = in_use()
+    if with_ == MLX or dtype not in FLOAT_DTYPES:
+        return None
+    if not is_valid(fmt.mode, fmt.bits, fmt.group_size):
+        return None
+    from quantmill import _native
+
+    count = codes.size * 8 // fmt.bits
+    values = np.empty(count * DTYPE_BYTES[dtype], np.uint8)
+    _native.dequantize(
+        codes, scales, _NOTHING if biases is None else biases, dtype, fmt.mode, fmt.bits,
+        fmt.group_size, values, with_,
+    )  # fmt: skip
+    return values
+
+
+def scan(raw: Bytes, dtype: str) -> tuple[int, float] | None:
+    """Count of NaN and infinities, and the largest magnitude, NaN aside; None as above."""
+    if in_use() == MLX:
+        return None
+    from quantmill import _native
+
+    non_finite, largest = _native.scan(raw, dtype)
+    return non_finite, largest

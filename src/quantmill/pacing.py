@@ -1,0 +1,124 @@
+"""How many threads work, and on how many bytes at once: what keeps memory within a budget."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+
+from quantmill import kernels
+from quantmill.errors import OverBudget
+from quantmill.plans import CAST, Plan, TensorSpec
+
+PIECE_BYTES = 1 << 20
+"""Source bytes that a thread takes at once: enough to make Python's share small, and cached."""
+
+SMALLEST_PIECE = 1 << 16
+
+MOST_WORKERS = 4
+"""Threads by default: beyond this the disk and the bus are busy."""
+
+_USUAL_BYTES = 48 << 20
+"""Working memory of a thread when no budget is given, for arithmetic that needs much of it."""
+
+_KEPT_BYTES = 3 << 20
+"""What a thread holds besides: scales and biases that wait for their place, a buffer to hash."""
+
+_RESERVE = 16 << 20
+"""What the rest of the process may still need: results, notes, the interpreter."""
+
+_MLX_BYTES = 80 << 20
+"""What loading MLX takes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """Threads, and source bytes that each takes at once."""
+
+    workers: int
+    piece_bytes: int
+
+
+def pace(plan: Plan, workers: int | None = None, memory: int | None = None) -> Pace:
+    """Threads and pieces for a plan.
+
+    `workers` are the most threads, None for one on each processor and MOST_WORKERS at most.
+    `memory` is the most bytes that the whole process may ever occupy, what it occupies by now
+    included; None for no limit other than the usual few megabytes a thread. Raises OverBudget when
+    one thread with the smallest pieces would not fit.
+    """
+    wanted = workers or default_workers()
+    times = _working_bytes(plan.tensors, plan.options.profile, plan.options.rounding)
+    if memory is None:
+        usual = max(SMALLEST_PIECE, _USUAL_BYTES // times)
+        return Pace(wanted, min(PIECE_BYTES, _power_of_two(usual)))
+    used = occupied() + _RESERVE + (_MLX_BYTES if _loads_mlx(plan) else 0)
+    smallest = _KEPT_BYTES + times * SMALLEST_PIECE
+    if used + smallest > memory:
+        raise OverBudget(
+            f"{memory} bytes of memory are not enough",
+            hint=f"--memory {-(-(used + smallest) // 1_000_000)}MB is the least here",
+        )
+    fitting = min(wanted, (memory - used) // smallest)
+    share = (memory - used) // fitting - _KEPT_BYTES
+    return Pace(fitting, min(PIECE_BYTES, _power_of_two(share // times)))
+
+
+def _working_bytes(specs: Iterable[TensorSpec], profile: str, rounding: str) -> int:
+    """Bytes that the arithmetic occupies for each byte of source data, at most."""
+    native = profile == "mlx-cpu" and rounding == "ceil" and kernels.in_use() != kernels.MLX
+    found = 2
+    for spec in specs:
+        if spec.transform == CAST:
+            found = max(found, 8)
+        if spec.format is not None and not native:
+            # MLX composes the 4-bit float formats of whole-array operations
+            found = max(found, 48 if spec.format.mode in {"nvfp4", "mxfp4"} else 24)
+    return found
+
+
+def _loads_mlx(plan: Plan) -> bool:
+    return "mlx.core" not in sys.modules and (
+        plan.options.profile != "mlx-cpu"
+        or plan.options.rounding != "ceil"
+        or kernels.in_use() == kernels.MLX
+    )
+
+
+def _power_of_two(limit: int) -> int:
+    """The largest power of two up to `limit`, so that pieces hold whole groups."""
+    return int(1 << (limit.bit_length() - 1))
+
+
+def occupied() -> int:
+    """Bytes of memory that this process has occupied at most so far."""
+    with suppress(OSError, StopIteration), open("/proc/self/status", encoding="ascii") as lines:
+        # the system's other figure counts what the parent held when it started this process
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def default_workers() -> int:
+    """One for each processor this process may use, MOST_WORKERS at most."""
+    try:
+        usable = len(os.sched_getaffinity(0))
+    except AttributeError:  # not on macOS
+        usable = os.cpu_count() or 1
+    return max(1, min(MOST_WORKERS, usable))
+
+
+def parse_memory(text: str) -> int:
+    """Bytes from `800MB`, `2GiB`, `1.5G` or a plain number; raises ValueError."""
+    units = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+    number = text.strip().lower().removesuffix("b")
+    digits = number.rstrip("kmgi")
+    if number[len(digits) :] not in units:
+        raise ValueError(text)
+    found = float(digits) * units[number[len(digits) :]]
+    if not 0 < found < 2**63:
+        raise ValueError(text)
+    return int(found)
