@@ -1,36 +1,36 @@
-"""`quantmill create` against a plain `mx.quantize` loop, whole processes in turn.
+"""`quantmill create` against `mlx_lm.convert` and a plain `mx.quantize` loop: whole processes.
 
-Both read the same synthetic Llama-shaped BF16 checkpoint and write affine 4-bit weights. Each runs
-several times, one after the other; the table gives medians of wall time, CPU time and peak memory,
-and the ratio of the medians. Results also go to bench-results/create.json.
+All read the same synthetic Llama-shaped BF16 checkpoint and write affine 4-bit weights. `same work`
+means that all of them give every matrix 4 bits, as mlx-lm does; `policy` is what `create -q int4`
+does by itself (embeddings keep their precision, some matrices get 8 bits: more bytes to write).
+Each runs several times, in turn; the tables give medians of wall time, CPU time and peak memory,
+and ratios of medians.
 
-    python benchmarks/bench_create.py [--gigabytes 0.25] [--runs 3]
+The floor is what the steps of `same work` take one after the other on one thread, measured in the
+same run: read the file, quantize it, hash and write as many bytes as `create` does.
+
+    python benchmarks/bench_create.py [--gigabytes 1] [--runs 5]
+        [--scaling 0.25 0.5 1 2 4] [--workers 1 2] [--folder /tmp]
+
+Results also go to bench-results/create.json. `benchmarks/plot_create.py` draws the scaling.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-import numpy as np
+from results import Row, keep, measure, medians, print_table
+from synthetic import make
 
-from quantmill.tensorfile import lay_out
-
-OURS = """
-import sys
-from quantmill.creation import create
-from quantmill.store import Store
-create("bench", sys.argv[1], store=Store(sys.argv[2]), quantize="int4")
-"""
+HERE = Path(__file__).parent
+SAME = ["--tensor", "*_proj.weight=int4", "--tensor", "*embed_tokens.weight=int4",
+        "--tensor", "lm_head.weight=int4"]  # fmt: skip
 
 LOOP = """
 import sys
@@ -38,7 +38,7 @@ import mlx.core as mx
 mx.set_default_device(mx.cpu)
 arrays = {}
 for name, weight in mx.load(sys.argv[1] + "/model.safetensors").items():
-    if weight.ndim == 2 and "embed" not in name:
+    if weight.ndim == 2:
         parts = mx.quantize(weight, group_size=64, bits=4)
         mx.eval(*parts)
         arrays |= {f"{name}{end}": part for end, part in zip(("", ".scales", ".biases"), parts)}
@@ -48,106 +48,114 @@ mx.save_safetensors(sys.argv[2], arrays)
 """
 
 
-def shapes(gigabytes: float) -> dict[str, tuple[int, ...]]:
-    """Tensors of a Llama-like model of about this size in BF16."""
-    hidden, inner, vocabulary = 2048, 5632, 32000
-    layer = {
-        "self_attn.q_proj": (hidden, hidden),
-        "self_attn.k_proj": (hidden // 4, hidden),
-        "self_attn.v_proj": (hidden // 4, hidden),
-        "self_attn.o_proj": (hidden, hidden),
-        "mlp.gate_proj": (inner, hidden),
-        "mlp.up_proj": (inner, hidden),
-        "mlp.down_proj": (hidden, inner),
-    }
-    each = 2 * sum(a * b for a, b in layer.values())
-    count = max(1, round((gigabytes * 1e9 - 4 * vocabulary * hidden) / each))
-    found: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (vocabulary, hidden),
-        "lm_head.weight": (vocabulary, hidden),
-    }
-    for index in range(count):
-        prefix = f"model.layers.{index}"
-        found[f"{prefix}.input_layernorm.weight"] = (hidden,)
-        found |= {f"{prefix}.{name}.weight": shape for name, shape in layer.items()}
+def create(source: Path, store: Path, *more: str) -> list[str]:
+    """The command line of a `create`."""
+    program = [sys.executable, "-m", "quantmill", "create", "bench", str(source)]
+    return [*program, "-q", "int4", "--store", str(store), "--quiet", *more]
+
+
+def convert(source: Path, target: Path) -> list[str]:
+    """The command line of mlx-lm's converter."""
+    paths = ["--hf-path", str(source), "--mlx-path", str(target)]
+    return [sys.executable, "-m", "mlx_lm", "convert", *paths, "-q", "--q-bits", "4"]
+
+
+def fresh(command: list[str], target: Path) -> Row:
+    """One measured run into a target that is not there."""
+    shutil.rmtree(target, ignore_errors=True)
+    target.unlink(missing_ok=True)
+    found = measure(command)
+    if target.is_dir():
+        shutil.rmtree(target)
+    target.unlink(missing_ok=True)
     return found
 
 
-def write_checkpoint(folder: Path, tensors: dict[str, tuple[int, ...]]) -> None:
-    """Write a Llama-like checkpoint of random BF16 weights."""
-    header, _ = lay_out([(name, "BF16", shape) for name, shape in tensors.items()], {})
-    random = np.random.default_rng(0)
-    (folder / "config.json").write_text('{"model_type": "llama"}')
-    with (folder / "model.safetensors").open("wb") as file:
-        file.write(header)
-        for shape in tensors.values():
-            values = random.standard_normal(shape, dtype=np.float32) * np.float32(0.02)
-            file.write((values.view(np.uint32) >> 16).astype("<u2").tobytes())
+def floor(source: Path, runs: int) -> dict[str, float]:
+    """Seconds of every step, by bench_floor.py in a process of its own."""
+    command = [sys.executable, str(HERE / "bench_floor.py"), str(source), str(runs)]
+    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split("\n")
+    return {name: float(value) for name, value in (x.split() for x in lines if x)}
 
 
-def measure(program: str, *arguments: str) -> dict[str, float]:
-    """Wall and CPU seconds and peak megabytes of one process."""
-    started = time.perf_counter()
-    child = subprocess.Popen([sys.executable, "-c", program, *arguments])
-    _, status, usage = os.wait4(child.pid, 0)
-    wall = time.perf_counter() - started
-    child.returncode = os.waitstatus_to_exitcode(status)
-    if child.returncode:
-        raise SystemExit(f"a benchmarked process failed with {child.returncode}")
-    unit = 1 if sys.platform == "darwin" else 1024
-    cpu = usage.ru_utime + usage.ru_stime
-    return {"wall s": wall, "cpu s": cpu, "peak MB": usage.ru_maxrss * unit / 1e6}
+def compare(source: Path, runs: int) -> dict[str, Row]:
+    """Medians of everything, in turn."""
+    store, target = source / "store", source / "out"
+    commands = {
+        "create, same work": (create(source, store, *SAME), store),
+        "create, policy": (create(source, store), store),
+        "mlx_lm.convert": (convert(source, target), target),
+        "mx.quantize loop": ([sys.executable, "-c", LOOP, str(source), str(target)], target),
+    }
+    found: dict[str, list[Row]] = {name: [] for name in commands}
+    for _ in range(runs):
+        for name, (command, place) in commands.items():
+            found[name].append(fresh(command, place))
+    rows = {name: medians(each) for name, each in found.items()}
+    ours = rows["create, same work"]
+    for peer in ("mlx_lm.convert", "mx.quantize loop"):
+        rows[f"same work / {peer}"] = {c: ours[c] / rows[peer][c] for c in ours}
+    peer = "mlx_lm.convert"
+    rows[f"policy / {peer}"] = {c: rows["create, policy"][c] / rows[peer][c] for c in ours}
+    return rows
+
+
+def scaling(
+    folder: Path, sizes: list[float], workers: list[int], runs: int
+) -> dict[str, dict[str, Row]]:
+    """Medians of `create` over sizes and workers, and of mlx-lm for the same sizes."""
+    found: dict[str, dict[str, Row]] = {}
+    for size in sizes:
+        source = folder / f"checkpoint-{size}"
+        nbytes = make(source, size)
+        each: dict[str, list[Row]] = {}
+        for _ in range(runs):
+            for count in workers:
+                command = create(source, source / "store", *SAME, "--workers", str(count))
+                row = fresh(command, source / "store")
+                each.setdefault(f"create, {count} workers", []).append(row)
+            row = fresh(convert(source, source / "out"), source / "out")
+            each.setdefault("mlx_lm.convert", []).append(row)
+        shutil.rmtree(source)
+        rows = {name: medians(them) for name, them in each.items()}
+        found[f"{nbytes / 1e9:.2f}"] = rows
+        print_table(f"{nbytes / 1e9:.2f} GB", rows)
+    return found
 
 
 def main() -> None:
-    """Run both in turn and print the table."""
+    """Run what was asked for and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--gigabytes", type=float, default=0.5)
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--write", type=Path, help="only write the checkpoint into this folder")
+    parser.add_argument("--gigabytes", type=float, default=1.0)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--scaling", type=float, nargs="*", default=[0.25, 0.5, 1, 2, 4])
+    parser.add_argument("--workers", type=int, nargs="*", default=[1, 2])
+    parser.add_argument("--folder", type=Path, help="where to work; some gigabytes")
     options = parser.parse_args()
-    if options.write:
-        write_checkpoint(options.write, shapes(options.gigabytes))
-        return
-    results: dict[str, list[dict[str, float]]] = {"quantmill create": [], "mx.quantize loop": []}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        # in a process of its own: a child's peak memory counts what its parent held at the fork
-        arguments = ["--write", name, "--gigabytes", str(options.gigabytes)]
-        subprocess.run([sys.executable, __file__, *arguments], check=True)
-        size = (folder / "model.safetensors").stat().st_size
-        for _ in range(options.runs):
-            store, target = folder / "store", folder / "out.safetensors"
-            results["quantmill create"].append(measure(OURS, name, str(store)))
-            shutil.rmtree(store)
-            results["mx.quantize loop"].append(measure(LOOP, name, str(target)))
-            target.unlink()
-    report(results, size)
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        source = Path(name) / "checkpoint"
+        size = make(source, options.gigabytes)
+        rows = compare(source, options.runs)
+        print_table(f"{size / 1e9:.2f} GB of BF16, int4, {os.cpu_count()} cores", rows, 3)
+        steps = floor(source, options.runs)
+        steps["sum"] = sum(steps[step] for step in ("read", "quantize", "hash", "write"))
+        steps["create / sum"] = rows["create, same work"]["wall s"] / steps["sum"]
+        print_table("floor: steps on one thread", {"seconds": steps}, 3)
+        profile = profiled(source)
+        print_table("where a create with one worker spends its time", {"seconds": profile}, 3)
+        shutil.rmtree(source)
+        scaled = scaling(Path(name), options.scaling, options.workers, min(options.runs, 3))
+    keep("create", {"bytes": size, "medians": rows, "floor": steps, "profile": profile,
+                    "scaling": scaled})  # fmt: skip
 
 
-def report(results: dict[str, list[dict[str, float]]], size: int) -> None:
-    """Print medians and ratios, and keep everything as JSON."""
-    ours, loop = results
-    columns = list(results[ours][0])
-    medians = {
-        name: {c: statistics.median(run[c] for run in runs) for c in columns}
-        for name, runs in results.items()
-    }
-    medians["ratio"] = {c: medians[ours][c] / medians[loop][c] for c in columns}
-    print(f"{size / 1e9:.2f} GB of BF16, affine 4 bit, {os.cpu_count()} processors")
-    print(f"{'':18}" + "".join(f"{c:>10}" for c in columns))
-    for name, values in medians.items():
-        print(f"{name:18}" + "".join(f"{values[c]:10.2f}" for c in columns))
-    keep("create", {"bytes": size}, results, medians)
-
-
-def keep(name: str, about: dict[str, int], runs: object, medians: object) -> None:
-    """Write results, with what they were measured on, to bench-results/<name>.json."""
-    target = Path("bench-results")
-    target.mkdir(exist_ok=True)
-    machine = {"machine": platform.machine(), "processors": os.cpu_count(), **about}
-    document = {"about": machine, "runs": runs, "medians": medians}
-    (target / f"{name}.json").write_text(json.dumps(document, indent=2))
+def profiled(source: Path) -> dict[str, float]:
+    """Seconds by step of one `create`, by profile_create.py in a process of its own."""
+    program = [sys.executable, str(HERE / "profile_create.py")]
+    command = [*program, str(source), str(source / "store"), *SAME[1::2]]
+    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split("\n")
+    shutil.rmtree(source / "store")
+    return {name: float(value) for name, value in (x.split() for x in lines if x)}
 
 
 if __name__ == "__main__":

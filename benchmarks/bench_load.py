@@ -24,7 +24,8 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-from bench_create import keep, shapes, write_checkpoint
+from results import keep
+from synthetic import shapes, write_checkpoint
 
 from quantmill.creation import create
 from quantmill.load import open_model
@@ -152,7 +153,7 @@ def report(runs: dict[str, dict[str, list[float]]], blobs: int, size: int) -> No
     print(f"{'':12}" + "".join(f"{task:>10}" for task in tasks))
     for who, values in medians.items():
         print(f"{who:12}" + "".join(f"{values[task]:10.2f}" for task in tasks))
-    keep("load", {"blobs": blobs, "bytes": size}, runs, medians)
+    keep("load", {"blobs": blobs, "bytes": size, "runs": runs, "medians": medians})
 
 
 if __name__ == "__main__":

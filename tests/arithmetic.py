@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +12,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from hard_data import DTYPES, NAMES, hard_data
+from quantmill.elements import absolute_maximum
 from quantmill.formats import (
     AFFINE_BITS,
     AFFINE_GROUPS,
@@ -22,7 +23,7 @@ from quantmill.formats import (
     NVFP4,
     Format,
 )
-from quantmill.weights import Quantized, absolute_maximum
+from quantmill.weights import Quantized
 from reference import Packed
 
 Array = npt.NDArray[Any]
@@ -37,6 +38,25 @@ mx_formats = pytest.mark.parametrize("fmt", MX, ids=lambda f: f.label)
 all_dtypes = pytest.mark.parametrize("dtype", DTYPES)
 
 
+class Parts(NamedTuple):
+    """What a quantizer made, as arrays of bytes."""
+
+    weight: Array
+    scales: Array
+    biases: Array | None
+    non_finite: int
+
+
+def parts_of(found: Quantized) -> Parts:
+    weight, scales, biases = (
+        None if part is None else np.frombuffer(part, np.uint8)
+        for part in (found.weight, found.scales, found.biases)
+    )
+    assert weight is not None
+    assert scales is not None
+    return Parts(weight, scales, biases, found.non_finite)
+
+
 def raw(x: Array) -> npt.NDArray[np.uint8]:
     return np.ascontiguousarray(x).reshape(-1).view(np.uint8)
 
@@ -45,7 +65,7 @@ def as_bytes(part: Array | None) -> bytes | None:
     return None if part is None else raw(part).tobytes()
 
 
-def differing(found: Quantized, expected: Packed | Quantized) -> list[str]:
+def differing(found: Parts, expected: Packed | Parts) -> list[str]:
     """The parts that are not byte for byte the same."""
     words = expected.words if isinstance(expected, Packed) else expected.weight
     pairs = {
@@ -68,7 +88,7 @@ any_pieces = given(
 
 
 def differing_pieces(
-    quantizer: Callable[..., Quantized],
+    quantizer: Callable[..., Parts],
     overflowing: Callable[[Array], Array],
     fmt: Format,
     dtype: str,
@@ -88,11 +108,12 @@ def differing_pieces(
     whole = quantizer(groups, dtype, fmt, **options)
     parts = np.split(groups, np.cumsum(sizes)[:-1])
     pieces = [quantizer(part, dtype, fmt, **options) for part in parts]
-    joined = Quantized(
+    joined = Parts(
         np.concatenate([piece.weight for piece in pieces]),
         np.concatenate([piece.scales for piece in pieces]),
         np.concatenate([piece.biases for piece in pieces if piece.biases is not None])
         if fmt.has_bias
         else None,
+        whole.non_finite,
     )
     return differing(whole, joined)

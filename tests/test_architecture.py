@@ -29,6 +29,7 @@ LAYERS = [
         "ggufsource",
         "opening",
         "weights",
+        "elements",
         "kernels",
         "quantize",
         "mlxquantize",

@@ -139,7 +139,7 @@ def test_a_large_tensor_is_quantized_as_if_at_once(store: Store, tmp_path: Path)
     made = create("m", source, store=store, quantize="affine-6")
     raw = np.frombuffer(tensor_bytes("BF16", shape, sum(name.encode())), np.uint16)
     manifest = store.get_manifest(made.name)
-    whole = quantize(raw.view(np.uint8), "BF16", parse_format("affine-6"))
+    whole = quantize(raw.view(np.uint8).data, "BF16", parse_format("affine-6"))
     assert whole.biases is not None
     assert stored_array(store, manifest, name, name) == whole.weight.tobytes()
     assert stored_array(store, manifest, name, f"{name}.scale") == whole.scales.tobytes()

@@ -45,13 +45,13 @@ from ggufs import (
 )
 from quantmill.checkpoint import Checkpoint
 from quantmill.creation import create, plan, plan_for
+from quantmill.elements import to_bf16
 from quantmill.errors import BadRequest, BadSource
 from quantmill.formats import DTYPE_BYTES
 from quantmill.ggufsource import PIECE, GgufCheckpoint, open_gguf
 from quantmill.opening import OpenSource, open_source
 from quantmill.store import Store
 from quantmill.verification import verify
-from quantmill.weights import to_bf16
 
 FRANCE = [{"role": "user", "content": "What is the capital of France?"}]
 

@@ -18,6 +18,7 @@ import reference
 import reference_gpu
 from arithmetic import (
     Array,
+    Parts,
     affine_formats,
     all_dtypes,
     all_formats,
@@ -26,9 +27,11 @@ from arithmetic import (
     differing,
     differing_pieces,
     mx_formats,
+    parts_of,
     raw,
 )
 from hard_data import NAMES, hard_data
+from quantmill.elements import absolute_maximum
 from quantmill.errors import BadRequest, BadWeights
 from quantmill.formats import (
     MXFP4,
@@ -38,7 +41,6 @@ from quantmill.formats import (
 )
 from quantmill.gpuround import quantize_as_gpu
 from quantmill.quantize import quantize
-from quantmill.weights import Quantized, absolute_maximum
 from reference import NUMPY, Packed
 
 INT2_32, INT4_32 = Format("affine", 2, 32), Format("affine", 4, 32)
@@ -47,19 +49,19 @@ F32 = np.float32
 roundings = pytest.mark.parametrize("rounding", ["ceil", "nearest"])
 
 
-def by_gpu(x: Array, dtype: str, fmt: Format, **options: Any) -> Quantized:
-    return quantize_as_gpu(raw(x), dtype, fmt, **options)
+def by_gpu(x: Array, dtype: str, fmt: Format, **options: Any) -> Parts:
+    return parts_of(quantize_as_gpu(raw(x).data, dtype, fmt, **options))
 
 
-def by_cpu(x: Array, dtype: str, fmt: Format, **options: Any) -> Quantized:
-    return quantize(raw(x), dtype, fmt, **options)
+def by_cpu(x: Array, dtype: str, fmt: Format, **options: Any) -> Parts:
+    return parts_of(quantize(raw(x).data, dtype, fmt, **options))
 
 
 def by_reference(x: Array, fmt: Format, **options: Any) -> Packed:
     return reference_gpu.quantize(x, fmt.mode, fmt.bits, fmt.group_size, **options)
 
 
-def codes_of(found: Quantized, fmt: Format) -> Array:
+def codes_of(found: Parts, fmt: Format) -> Array:
     """Codes in rows of one group."""
     words = found.weight.view("<u4").reshape(1, -1)
     return reference.unpack(words, fmt.bits).reshape(-1, fmt.group_size)
@@ -614,7 +616,7 @@ def test_results_are_shaped_like_the_cpus(dtype: str, fmt: Format) -> None:
     x = hard_data("normal", dtype)[:3]
     given_bytes = raw(x)
     given_bytes.flags.writeable = False
-    ours, theirs = quantize_as_gpu(given_bytes, dtype, fmt), by_cpu(x, dtype, fmt)
+    ours, theirs = parts_of(quantize_as_gpu(given_bytes.data, dtype, fmt)), by_cpu(x, dtype, fmt)
     for name in ("weight", "scales", "biases"):
         mine, other = getattr(ours, name), getattr(theirs, name)
         assert (mine is None) == (other is None), name
@@ -647,7 +649,7 @@ def test_partial_group(dtype: str, fmt: Format) -> None:
 def test_unsupported_dtype(dtype: str, fmt: Format) -> None:
     """Only BF16, F16 and F32 are quantized."""
     with pytest.raises(BadRequest, match=dtype) as caught:
-        quantize_as_gpu(np.zeros(1024, np.uint8), dtype, fmt)
+        quantize_as_gpu(memoryview(bytes(1024)), dtype, fmt)
     assert caught.value.kind == "unsupported_dtype"
 
 
@@ -694,7 +696,7 @@ def test_needs_no_mlx() -> None:
         "import sys; sys.modules['mlx'] = None; import numpy as np;"
         "from quantmill.formats import INT4, MXFP8;"
         "from quantmill.gpuround import quantize_as_gpu as q;"
-        "print([q(np.zeros(512, np.uint8), 'BF16', f).weight.size for f in (INT4, MXFP8)])"
+        "print([q(memoryview(bytes(512)), 'BF16', f).weight.nbytes for f in (INT4, MXFP8)])"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True

@@ -1,31 +1,28 @@
-import numpy as np
-import numpy.typing as npt
-
-_Bytes = npt.NDArray[np.uint8]
+from _typeshed import ReadableBuffer, WriteableBuffer
 
 def implementations() -> list[tuple[str, str, bool]]: ...
 def best() -> str: ...
 def quantize(
-    weights: _Bytes,
+    weights: ReadableBuffer,
     dtype: str,
     mode: str,
     bits: int,
     group_size: int,
     encode: float,
-    codes: _Bytes,
-    scales: _Bytes,
-    biases: _Bytes,
+    codes: WriteableBuffer,
+    scales: WriteableBuffer,
+    biases: WriteableBuffer,
     implementation: str,
 ) -> tuple[int, int]: ...
 def dequantize(
-    codes: _Bytes,
-    scales: _Bytes,
-    biases: _Bytes,
+    codes: ReadableBuffer,
+    scales: ReadableBuffer,
+    biases: ReadableBuffer,
     dtype: str,
     mode: str,
     bits: int,
     group_size: int,
-    values: _Bytes,
+    values: WriteableBuffer,
     implementation: str,
 ) -> None: ...
-def scan(weights: _Bytes, dtype: str) -> tuple[int, float]: ...
+def scan(weights: ReadableBuffer, dtype: str) -> tuple[int, float]: ...

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import struct
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from queue import SimpleQueue
-
-import numpy as np
 
 from quantmill import mediatypes
 from quantmill.digests import Digest
@@ -22,7 +21,7 @@ from quantmill.plans import CAST, STACK, BlobSpec, Options, Plan, TensorSpec
 from quantmill.quantize import Arithmetic, quantize, scan
 from quantmill.source import SourceTensor
 from quantmill.store import BlobWriter, Pending, Store
-from quantmill.weights import MAX_SCALE, Bytes, Quantized, to_bf16
+from quantmill.weights import MAX_SCALE, Quantized
 
 SMALLEST_MAXIMUM = 1e-30
 """A tensor with no larger magnitude gets no global scale: its inverse would overflow."""
@@ -221,7 +220,7 @@ def _write_tensor(job: _Job, blob: BlobSpec, spec: TensorSpec, writer: BlobWrite
     """Write one tensor and what belongs to it; the count of NaN and infinities quantized."""
     if spec.format is None:
         for piece in _pieces(job, blob, spec):
-            writer.write(piece.data)
+            writer.write(piece)
         return 0
     maximum = _maximum(job, spec) if spec.global_scale else None
     rounding, non_finite = job.plan.options.rounding, 0
@@ -230,8 +229,8 @@ def _write_tensor(job: _Job, blob: BlobSpec, spec: TensorSpec, writer: BlobWrite
     for piece in _pieces(job, blob, spec):
         found = job.arithmetic(piece, spec.dtype, spec.format, rounding=rounding, maximum=maximum)
         non_finite += _allowed(job, spec, found)
-        writer.write(found.weight.data)
-        codes_left -= found.weight.size
+        writer.write(found.weight)
+        codes_left -= found.weight.nbytes
         distance = codes_left
         for tail, part in zip(tails, (found.scales, found.biases), strict=False):
             assert part is not None
@@ -240,7 +239,7 @@ def _write_tensor(job: _Job, blob: BlobSpec, spec: TensorSpec, writer: BlobWrite
     for tail in tails:
         tail.write()
     if maximum is not None:
-        writer.write(np.float32(maximum / MAX_SCALE).tobytes())
+        writer.write(struct.pack("<f", maximum / MAX_SCALE))
     return non_finite
 
 
@@ -262,27 +261,27 @@ class _Tail:
     def __init__(self, writer: BlobWriter, size: int) -> None:
         self.size = size
         self._writer = writer
-        self._kept: list[Bytes] = []
+        self._kept: list[memoryview] = []
         self._kept_bytes = self._ahead = 0
 
-    def add(self, part: Bytes, distance: int) -> None:
+    def add(self, part: memoryview, distance: int) -> None:
         """One more part; its tail begins `distance` bytes beyond what is written by now."""
         self._kept.append(part)
-        self._kept_bytes += part.size
+        self._kept_bytes += part.nbytes
         if self.size > LARGEST_TAIL and self._kept_bytes > LARGEST_TAIL // 2:
             self._put_ahead(distance)
 
     def _put_ahead(self, distance: int) -> None:
         for part in self._kept:
-            self._writer.write_ahead(part.data, distance + self._ahead)
-            self._ahead += part.size
+            self._writer.write_ahead(part, distance + self._ahead)
+            self._ahead += part.nbytes
         self._kept, self._kept_bytes = [], 0
 
     def write(self) -> None:
         """Append the whole tail."""
         self._writer.take_in(self._ahead)
         for part in self._kept:
-            self._writer.write(part.data)
+            self._writer.write(part)
 
 
 def _allowed(job: _Job, spec: TensorSpec, found: Quantized) -> int:
@@ -309,7 +308,7 @@ def _maximum(job: _Job, spec: TensorSpec) -> float:
     return found if found > SMALLEST_MAXIMUM else MAX_SCALE
 
 
-def _pieces(job: _Job, blob: BlobSpec | None, spec: TensorSpec) -> Iterator[Bytes]:
+def _pieces(job: _Job, blob: BlobSpec | None, spec: TensorSpec) -> Iterator[memoryview]:
     """The spec's data in pieces, valid until the next one is asked for.
 
     A piece never spans two sources, and all but a source's last hold whole groups.
@@ -318,20 +317,30 @@ def _pieces(job: _Job, blob: BlobSpec | None, spec: TensorSpec) -> Iterator[Byte
         raise QuantmillError(f"{spec.name!r}: transform {spec.transform} cannot be carried out yet")
     tensors = job.checkpoint.source.tensors
     nbytes = job.piece_bytes if spec.format else PIECE_BYTES
-    buffer = np.empty(min(nbytes, max(tensors[name].nbytes for name in spec.sources)), np.uint8)
+    largest = max(tensors[name].nbytes for name in spec.sources)
+    buffer = memoryview(bytearray(min(nbytes, largest)))
     for name in spec.sources:
         yield from _source_pieces(job, blob, tensors[name], buffer, spec.transform == CAST)
 
 
 def _source_pieces(
-    job: _Job, blob: BlobSpec | None, tensor: SourceTensor, buffer: Bytes, cast: bool
-) -> Iterator[Bytes]:
-    for offset in range(0, tensor.nbytes, max(1, buffer.size)):
-        piece = buffer[: min(buffer.size, tensor.nbytes - offset)]
-        job.checkpoint.read_into(tensor, offset, piece.data)
-        yield to_bf16(piece, tensor.dtype) if cast else piece
+    job: _Job, blob: BlobSpec | None, tensor: SourceTensor, buffer: memoryview, cast: bool
+) -> Iterator[memoryview]:
+    for offset in range(0, tensor.nbytes, max(1, buffer.nbytes)):
+        piece = buffer[: min(buffer.nbytes, tensor.nbytes - offset)]
+        job.checkpoint.read_into(tensor, offset, piece)
+        yield _cast(piece, tensor.dtype) if cast else piece
         if blob is not None:
-            job.advance(blob.name, piece.size)
+            job.advance(blob.name, piece.nbytes)
+
+
+def _cast(piece: memoryview, dtype: str) -> memoryview:
+    """Elements of another floating-point dtype as BF16."""
+    import numpy as np
+
+    from quantmill.elements import to_bf16
+
+    return to_bf16(np.frombuffer(piece, np.uint8), dtype).data
 
 
 def recorded_options(options: Options) -> dict[str, object]:

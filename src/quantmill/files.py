@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,7 +24,7 @@ class Disk:
     def create(self, folder: Path, prefix: str) -> tuple[Path, int]:
         """A new file with a name of its own, open for writing: its path and descriptor."""
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        path = folder / f"{prefix}{secrets.token_hex(8)}"
+        path = folder / f"{prefix}{os.urandom(8).hex()}"
         with translated(folder):
             while True:
                 self.make_folder(folder)

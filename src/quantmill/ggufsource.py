@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from quantmill import mediatypes
+from quantmill.elements import Bytes, Floats, from_float32, to_float32
 from quantmill.errors import BadRequest, BadSource
 from quantmill.formats import DTYPE_BYTES
 from quantmill.ggufconfig import Metadata, heads_of, rebuild_config, rebuild_generation_config
@@ -26,7 +27,6 @@ from quantmill.ggufnames import EMBEDDING, ROPE_FACTORS, Naming, name_tensors
 from quantmill.gguftokenizer import rebuild_tokenizer
 from quantmill.openfile import OpenFile
 from quantmill.source import CONFIG, DECIDING_TEXTS, MAX_TEXT, Source, SourceFile, SourceTensor
-from quantmill.weights import Bytes, Floats, from_float32, to_float32
 
 PIECE = 1 << 18
 """Elements decoded at once; the library needs some twenty bytes for each."""

@@ -16,19 +16,16 @@ from dataclasses import replace
 
 import numpy as np
 
-from quantmill.formats import Format
-from quantmill.weights import (
-    MAX_SCALE,
+from quantmill.elements import (
     Bytes,
     Floats,
-    Quantized,
-    check_rounding,
-    count_groups,
     count_non_finite,
     from_float32,
     refuse_overflow,
     to_float32,
 )
+from quantmill.formats import Format
+from quantmill.weights import MAX_SCALE, Quantized, check_rounding, count_groups, no_groups
 
 _EPSILON = np.float32(1e-7)
 _LARGEST = {"nvfp4": np.float32(6), "mxfp4": np.float32(6), "mxfp8": np.float32(448)}
@@ -52,20 +49,26 @@ _E4M3_REBIAS = 120 << 23
 
 @np.errstate(all="ignore")
 def quantize_as_gpu(
-    raw: Bytes, dtype: str, fmt: Format, *, rounding: str = "ceil", maximum: float | None = None
+    raw: memoryview,
+    dtype: str,
+    fmt: Format,
+    *,
+    rounding: str = "ceil",
+    maximum: float | None = None,
 ) -> Quantized:
     """Quantize consecutive groups of weights as MLX's Metal kernels do.
 
     Arguments, results and errors are those of `quantmill.quantize.quantize`.
     """
     if not count_groups(raw, dtype, fmt):
-        return Quantized(raw, raw, raw if fmt.has_bias else None)
+        return no_groups(fmt)
+    array = np.frombuffer(raw, np.uint8)
     if fmt.mode == "affine":
-        found = _affine(raw, dtype, fmt)
-        refuse_overflow(raw, found, dtype, fmt)
+        found = _affine(array, dtype, fmt)
+        refuse_overflow(array, found, dtype, fmt)
     else:
-        found = _float(raw, dtype, fmt, rounding, maximum)
-    return replace(found, non_finite=count_non_finite(raw, dtype))
+        found = _float(array, dtype, fmt, rounding, maximum)
+    return replace(found, non_finite=count_non_finite(array, dtype))
 
 
 def _float(raw: Bytes, dtype: str, fmt: Format, rounding: str, maximum: float | None) -> Quantized:
@@ -98,7 +101,7 @@ def _affine(raw: Bytes, dtype: str, fmt: Format) -> Quantized:
     # is for infinite weights alone. NaN, as a constant gets whose scale is 0, becomes the last.
     codes = np.fmax(np.fmin(codes, top), np.float32(0))
     packed = _pack(codes.astype(np.uint8), fmt.bits)
-    return Quantized(packed, from_float32(scale, dtype), from_float32(bias, dtype))
+    return _views(packed, from_float32(scale, dtype), from_float32(bias, dtype))
 
 
 def _half_away(values: Floats) -> Floats:
@@ -116,7 +119,7 @@ def _nvfp4(groups: Floats, ratio: Floats, maximum: float | None) -> Quantized:
     encode = np.float32(1) if maximum is None else np.float32(MAX_SCALE) / np.float32(maximum)
     scales = _e4m3(np.abs(ratio * encode))  # without the sign that NaN has on some processors
     scaled = _scaled(groups, _e4m3_values(scales), encode)
-    return Quantized(_pack(_e2m1(scaled), 4), scales, None)
+    return _views(_pack(_e2m1(scaled), 4), scales, None)
 
 
 def _mx(groups: Floats, ratio: Floats, fmt: Format, rounding: str) -> Quantized:
@@ -130,7 +133,7 @@ def _mx(groups: Floats, ratio: Floats, fmt: Format, rounding: str) -> Quantized:
     values = np.ldexp(np.float32(1), scales.astype(np.int32) - _BIAS)
     scaled = _scaled(groups, values, np.float32(1))
     codes = _e4m3(scaled) if fmt.bits == 8 else _e2m1(scaled)
-    return Quantized(_pack(codes, fmt.bits), scales, None)
+    return _views(_pack(codes, fmt.bits), scales, None)
 
 
 def _scaled(groups: Floats, scales: Floats, encode: np.float32) -> Floats:
@@ -169,6 +172,10 @@ def _e4m3_values(codes: Bytes) -> Floats:
     digits = (codes & 7) + np.where(exponents == 0, 0, 8)
     values: Floats = np.ldexp(digits.astype(np.float32), np.maximum(exponents, 1) - 10)
     return values
+
+
+def _views(codes: Bytes, scales: Bytes, biases: Bytes | None) -> Quantized:
+    return Quantized(codes.data, scales.data, None if biases is None else biases.data)
 
 
 # -- bytes -----------------------------------------------------------------------------------------

@@ -13,11 +13,9 @@ from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
 
-import numpy as np
-
 from quantmill.errors import BadRequest
 from quantmill.formats import DTYPE_BYTES, FLOAT_DTYPES, Format, is_valid
-from quantmill.weights import Bytes, Quantized, too_large
+from quantmill.weights import Quantized, too_large
 
 VARIABLE = "QUANTMILL_KERNELS"
 """Environment variable: the name of an implementation."""
@@ -25,7 +23,7 @@ VARIABLE = "QUANTMILL_KERNELS"
 MLX = "mlx"
 """The name that means: without the extension, by MLX's own CPU quantizer."""
 
-_NOTHING = np.empty(0, np.uint8)
+_NOTHING = memoryview(bytearray())
 
 
 class NoKernels(UserWarning):
@@ -98,7 +96,7 @@ def list_kernels() -> tuple[Kernels, ...]:
     return (*rows, Kernels(MLX, what, True, used == MLX))
 
 
-def quantize(raw: Bytes, dtype: str, fmt: Format, encode: float = 1.0) -> Quantized | None:
+def quantize(raw: memoryview, dtype: str, fmt: Format, encode: float = 1.0) -> Quantized | None:
     """Quantize whole groups of BF16, F16 or F32, or None where the extension is not in use.
 
     `encode` is 2688 over the tensor's largest magnitude where an nvfp4 global scale is wanted.
@@ -109,11 +107,11 @@ def quantize(raw: Bytes, dtype: str, fmt: Format, encode: float = 1.0) -> Quanti
         return None
     from quantmill import _native
 
-    groups = raw.size // DTYPE_BYTES[dtype] // fmt.group_size
+    groups = raw.nbytes // DTYPE_BYTES[dtype] // fmt.group_size
     scale_bytes = groups * DTYPE_BYTES[fmt.scale_dtype(dtype)]
-    codes = np.empty(groups * fmt.group_size * fmt.bits // 8, np.uint8)
-    scales = np.empty(scale_bytes, np.uint8)
-    biases = np.empty(scale_bytes, np.uint8) if fmt.has_bias else None
+    codes = memoryview(bytearray(groups * fmt.group_size * fmt.bits // 8))
+    scales = memoryview(bytearray(scale_bytes))
+    biases = memoryview(bytearray(scale_bytes)) if fmt.has_bias else None
     non_finite, overflows = _native.quantize(
         raw, dtype, fmt.mode, fmt.bits, fmt.group_size, encode,
         codes, scales, _NOTHING if biases is None else biases, with_,
@@ -124,8 +122,12 @@ def quantize(raw: Bytes, dtype: str, fmt: Format, encode: float = 1.0) -> Quanti
 
 
 def dequantize(
-    codes: Bytes, scales: Bytes, biases: Bytes | None, dtype: str, fmt: Format
-) -> Bytes | None:
+    codes: memoryview,
+    scales: memoryview,
+    biases: memoryview | None,
+    dtype: str,
+    fmt: Format,
+) -> memoryview | None:
     """Values of whole groups as raw bytes, or None where the extension is not in use.
 
     `dtype` is that of affine scales, biases and values; float formats always give BF16. None also
@@ -138,16 +140,16 @@ def dequantize(
         return None
     from quantmill import _native
 
-    count = codes.size * 8 // fmt.bits
-    values = np.empty(count * DTYPE_BYTES[dtype], np.uint8)
+    values = memoryview(bytearray(codes.nbytes * 8 // fmt.bits * DTYPE_BYTES[dtype]))
     _native.dequantize(
-        codes, scales, _NOTHING if biases is None else biases, dtype, fmt.mode, fmt.bits,
-        fmt.group_size, values, with_,
+        codes, scales,
+        _NOTHING if biases is None else biases,
+        dtype, fmt.mode, fmt.bits, fmt.group_size, values, with_,
     )  # fmt: skip
     return values
 
 
-def scan(raw: Bytes, dtype: str) -> tuple[int, float] | None:
+def scan(raw: memoryview, dtype: str) -> tuple[int, float] | None:
     """Count of NaN and infinities, and the largest magnitude, NaN aside; None as above."""
     if in_use() == MLX:
         return None

@@ -6,24 +6,22 @@ rounding (docs/formats.md). Conventions are those of quantmill.quantize.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
-from quantmill.errors import BadRequest
-from quantmill.formats import DTYPE_BYTES, Format
-from quantmill.weights import (
+from quantmill.elements import (
     FLOATS,
     RAW,
     Bytes,
-    Quantized,
-    check_rounding,
-    count_groups,
     count_non_finite,
     refuse_overflow,
     to_float32,
 )
+from quantmill.errors import BadRequest
+from quantmill.formats import DTYPE_BYTES, Format
+from quantmill.weights import Quantized, check_rounding, count_groups, no_groups
 
 _FP4_MAX, _FP8_MAX = 6.0, 448.0
 _FP4_TABLE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -41,21 +39,32 @@ def gpu_name() -> str | None:
 
 
 def quantize_on_cpu(
-    raw: Bytes, dtype: str, fmt: Format, *, rounding: str = "ceil", maximum: float | None = None
+    raw: memoryview,
+    dtype: str,
+    fmt: Format,
+    *,
+    rounding: str = "ceil",
+    maximum: float | None = None,
 ) -> Quantized:
     """What `quantmill.quantize.quantize` does, by MLX's CPU backend."""
     if not count_groups(raw, dtype, fmt):  # where some of MLX's operations raise
-        return Quantized(raw, raw, raw if fmt.has_bias else None)
+        return no_groups(fmt)
+    array = np.frombuffer(raw, np.uint8)
     with mx.stream(mx.cpu):  # whatever device the caller's own code uses
         if fmt.mode in {"mxfp4", "mxfp8"}:
-            found = _quantize_mx(raw, dtype, fmt, rounding)
+            found = _quantize_mx(array, dtype, fmt, rounding)
         else:
-            found = _by_mlx(raw, dtype, fmt, maximum)
-    return _checked(found, raw, dtype, fmt)
+            found = _by_mlx(array, dtype, fmt, maximum)
+    return _checked(found, array, dtype, fmt)
 
 
 def quantize_on_gpu(
-    raw: Bytes, dtype: str, fmt: Format, *, rounding: str = "ceil", maximum: float | None = None
+    raw: memoryview,
+    dtype: str,
+    fmt: Format,
+    *,
+    rounding: str = "ceil",
+    maximum: float | None = None,
 ) -> Quantized:
     """The same on MLX's GPU, Metal or CUDA, with its rounding.
 
@@ -65,16 +74,30 @@ def quantize_on_gpu(
     if rounding != "ceil":
         raise BadRequest("a GPU rounds exponents up", hint="leave out --e8m0 or --device")
     if not count_groups(raw, dtype, fmt):
-        return Quantized(raw, raw, raw if fmt.has_bias else None)
+        return no_groups(fmt)
+    array = np.frombuffer(raw, np.uint8)
     with mx.stream(mx.gpu):
-        found = _by_mlx(raw, dtype, fmt, maximum)
-    return _checked(found, raw, dtype, fmt)
+        found = _by_mlx(array, dtype, fmt, maximum)
+    return _checked(found, array, dtype, fmt)
 
 
-def _checked(found: Quantized, raw: Bytes, dtype: str, fmt: Format) -> Quantized:
-    if found.biases is not None:
-        refuse_overflow(raw, found, dtype, fmt)
-    return Quantized(found.weight, found.scales, found.biases, count_non_finite(raw, dtype))
+def _checked(found: _Arrays, raw: Bytes, dtype: str, fmt: Format) -> Quantized:
+    parts = [None if part is None else part.data for part in found]
+    weight, scales, biases = parts
+    assert weight is not None
+    assert scales is not None
+    made = Quantized(weight, scales, biases, count_non_finite(raw, dtype))
+    if biases is not None:
+        refuse_overflow(raw, made, dtype, fmt)
+    return made
+
+
+class _Arrays(NamedTuple):
+    """Codes, scales and biases before they are checked."""
+
+    weight: Bytes
+    scales: Bytes
+    biases: Bytes | None
 
 
 def _to_mlx(raw: Bytes, dtype: str, width: int) -> Any:
@@ -88,7 +111,7 @@ def _to_bytes(array: Any) -> Bytes:
     return np.asarray(plain).reshape(-1).view(np.uint8)
 
 
-def _by_mlx(raw: Bytes, dtype: str, fmt: Format, maximum: float | None = None) -> Quantized:
+def _by_mlx(raw: Bytes, dtype: str, fmt: Format, maximum: float | None = None) -> _Arrays:
     width = max(fmt.group_size, 32)
     groups = raw.size // DTYPE_BYTES[dtype] // fmt.group_size
     short = -raw.size % (width * DTYPE_BYTES[dtype])
@@ -106,13 +129,13 @@ def _by_mlx(raw: Bytes, dtype: str, fmt: Format, maximum: float | None = None) -
     scale_bytes = DTYPE_BYTES[fmt.scale_dtype(dtype)]
     rest = [part[: groups * scale_bytes] for part in rest]
     biases = rest[1] if fmt.has_bias else None
-    return Quantized(weight[: groups * fmt.group_size * fmt.bits // 8], rest[0], biases)
+    return _Arrays(weight[: groups * fmt.group_size * fmt.bits // 8], rest[0], biases)
 
 
 # -- mx formats: rounding choice and tiny groups ---------------------------------------------------
 
 
-def _quantize_mx(raw: Bytes, dtype: str, fmt: Format, rounding: str) -> Quantized:
+def _quantize_mx(raw: Bytes, dtype: str, fmt: Format, rounding: str) -> _Arrays:
     check_rounding(rounding)
     if rounding == "nearest":
         return _by_exponent(raw, dtype, fmt, None)
@@ -122,7 +145,7 @@ def _quantize_mx(raw: Bytes, dtype: str, fmt: Format, rounding: str) -> Quantize
     return found
 
 
-def _with_smallest_scale(found: Quantized, raw: Bytes, dtype: str, fmt: Format) -> Quantized:
+def _with_smallest_scale(found: _Arrays, raw: Bytes, dtype: str, fmt: Format) -> _Arrays:
     """The same result with wrapped groups done again at the smallest exponent."""
     groups = raw.view(RAW[dtype]).reshape(-1, fmt.group_size)
     magnitudes = (groups & (np.iinfo(groups.dtype).max >> 1)).max(axis=1)
@@ -140,10 +163,10 @@ def _with_smallest_scale(found: Quantized, raw: Bytes, dtype: str, fmt: Format) 
     scales[wrapped] = again.scales
     rows = weight.reshape(len(groups), -1)
     rows[wrapped] = again.weight.reshape(int(wrapped.sum()), -1)
-    return Quantized(weight, scales, None)
+    return _Arrays(weight, scales, None)
 
 
-def _by_exponent(raw: Bytes, dtype: str, fmt: Format, exponent: int | None) -> Quantized:
+def _by_exponent(raw: Bytes, dtype: str, fmt: Format, exponent: int | None) -> _Arrays:
     """An mx format with the exponent given, or rounded to nearest as MLX did up to 0.32.1.
 
     Operations run in the weights' dtype, as MLX's own do: the quotient and its logarithm are
@@ -162,7 +185,7 @@ def _by_exponent(raw: Bytes, dtype: str, fmt: Format, exponent: int | None) -> Q
     scale = mx.array(np.ldexp(np.float32(1), powers)).astype(x.dtype)
     scaled = x / scale[:, None]
     codes = _fp4_codes(scaled) if fmt.mode == "mxfp4" else np.asarray(mx.to_fp8(scaled))
-    return Quantized(codes.reshape(-1), (powers + _BIAS).astype(np.uint8), None)
+    return _Arrays(codes.reshape(-1), (powers + _BIAS).astype(np.uint8), None)
 
 
 def _fp4_codes(scaled: Any) -> Bytes:
