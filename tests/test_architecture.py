@@ -53,7 +53,7 @@ LAYERS = [
         "generate",
         "export",
     },
-    {"report", "terminal", "arguments", "cli"},
+    {"report", "terminal", "arguments", "conversation", "cli"},
 ]
 OUTSIDE_WORLD = {
     "os",

@@ -158,6 +158,7 @@ def json_of_all_commands(cli: Run, source: Path, damaged: Path) -> dict[str, Any
     tiny = str(fixture("hf-llama-bf16"))
     found["run"] = cli("run", tiny, "the cat", "--max-tokens", "2", "--json").json
     found["export"] = cli("export", tiny, source / "out", "--json").json
+    found["kernels"] = cli("kernels", "--json").json
     found["doctor"] = cli("doctor", "--json").json
     found["error"] = json.loads(cli("show", "nope", "--json").err)
     return found

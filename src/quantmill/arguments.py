@@ -16,6 +16,13 @@ class Profile(StrEnum):
     GPU = "gpu"
 
 
+class Device(StrEnum):
+    """Where the arithmetic runs."""
+
+    CPU = "cpu"
+    GPU = "gpu"
+
+
 class Rounding(StrEnum):
     """How mx exponents are rounded."""
 
@@ -80,6 +87,21 @@ RoundingOption = Annotated[
 ]
 ProfileOption = Annotated[
     Profile, typer.Option("--profile", help="Whose rounding to follow: MLX's on a CPU or a GPU.")
+]
+DeviceOption = Annotated[
+    Device,
+    typer.Option("--device", help="gpu: MLX quantizes on Metal or CUDA, with its own rounding."),
+]
+WorkersOption = Annotated[
+    int | None,
+    typer.Option(min=1, max=256, help="Threads; results do not depend on it."),
+]
+MemoryOption = Annotated[
+    str | None,
+    typer.Option("--memory", metavar="BYTES", help="Most memory to occupy, such as 200MB."),
+]
+RestartOption = Annotated[
+    bool, typer.Option("--restart", help="Compute again what an earlier run finished.")
 ]
 GlobalScaleOption = Annotated[
     bool, typer.Option("--global-scale", help="Give nvfp4 tensors a scale of their own as well.")

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from quantmill import terminal
+from quantmill import conversation, terminal
 from quantmill.arguments import (
+    Device,
+    DeviceOption,
     GlobalScaleOption,
     GroupOption,
     JsonOption,
     LinksOption,
+    MemoryOption,
     NameArgument,
     NamesArgument,
     NonFiniteOption,
@@ -27,17 +30,18 @@ from quantmill.arguments import (
     ProfileOption,
     QuantizeOption,
     QuietOption,
+    RestartOption,
     Rounding,
     RoundingOption,
     StoreOption,
     TensorOption,
+    WorkersOption,
 )
 from quantmill.errors import BadRequest, QuantmillError
 from quantmill.version import __version__
 
 if TYPE_CHECKING:
     from quantmill.execute import Progress
-    from quantmill.generate import Chat
     from quantmill.names import ModelName
     from quantmill.plans import Options
     from quantmill.store import Store
@@ -97,13 +101,14 @@ def create(
         typer.Option("--file", "-f", metavar="MODELFILE", help="Modelfile with FROM and more."),
     ] = None,
     profile: ProfileOption = Profile.MLX_CPU,
+    device: DeviceOption = Device.CPU,
     e8m0: RoundingOption = Rounding.CEIL,
     global_scale: GlobalScaleOption = False,
     allow_non_finite: NonFiniteOption = False,
     follow_links: LinksOption = False,
-    workers: Annotated[
-        int | None, typer.Option(min=1, max=256, help="Threads; bytes do not depend on it.")
-    ] = None,
+    workers: WorkersOption = None,
+    memory: MemoryOption = None,
+    restart: RestartOption = False,
     store: StoreOption = None,
     json_output: JsonOption = False,
     quiet: QuietOption = False,
@@ -128,7 +133,10 @@ def create(
             group_size=group_size,
             options=options,
             modelfile=parsed,
+            device=device.value,
             workers=workers,
+            memory=_memory(memory),
+            restart=restart,
             follow_links=follow_links,
             progress=bar and (lambda e: bar(e.bytes, e.bytes_total, _count(e))),
         )
@@ -136,11 +144,18 @@ def create(
     if not quiet:
         terminal.warn([*ignored, *report.created_warnings(created)])
     if json_output:
-        terminal.print_json(
-            report.created_json(created) | {"ignored": list(parsed.ignored if parsed else ())}
-        )
+        terminal.print_json(report.created_json(created, parsed.ignored if parsed else ()))
     elif not quiet:
         terminal.print_lines(report.created_lines(created, time.monotonic() - started))
+
+
+def _memory(text: str | None) -> int | None:
+    from quantmill.pacing import parse_memory
+
+    try:
+        return parse_memory(text) if text else None
+    except ValueError:
+        raise BadRequest(f"{text!r} is no amount of memory", hint="for example 800MB") from None
 
 
 def _count(event: Progress) -> str:
@@ -230,6 +245,7 @@ def show(
 @app.command()
 def verify(
     name: OptionalNameArgument = None,
+    workers: WorkersOption = None,
     store: StoreOption = None,
     json_output: JsonOption = False,
 ) -> None:
@@ -242,7 +258,10 @@ def verify(
     names = None if name is None else [_name(name)]
     with terminal.progress(not json_output) as bar:
         found = verification.verify(
-            _store(store), names, bar and (lambda done, total: bar(done, total, "verifying"))
+            _store(store),
+            names,
+            bar and (lambda done, total: bar(done, total, "verifying")),
+            workers=workers,
         )
     if json_output:
         terminal.print_json(report.verified_json(found))
@@ -321,99 +340,8 @@ def _root(
     del version
 
 
-@app.command("run")
-def run_model(
-    name: NameArgument,
-    prompt: Annotated[
-        str | None, typer.Argument(metavar="[PROMPT]", help="Without it, a conversation.")
-    ] = None,
-    system: Annotated[str | None, typer.Option("--system", help="System message.")] = None,
-    max_tokens: Annotated[
-        int, typer.Option("--max-tokens", min=1, metavar="N", help="Tokens at most.")
-    ] = 256,
-    temperature: Annotated[
-        float, typer.Option(min=0, help="0 takes the likeliest token each time.")
-    ] = 0.0,
-    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
-    store: StoreOption = None,
-    json_output: JsonOption = False,
-) -> None:
-    """Generate text from a stored model, or from a directory, with mlx-lm."""
-    chat = _chat(name, store)
-    messages = [{"role": "system", "content": system}] if system else []
-    if prompt is not None:
-        _answer(chat, [*messages, _user(prompt)], max_tokens, temperature, seed, json_output)
-        return
-    if json_output:
-        raise BadRequest("--json needs a prompt", hint="a conversation is for people")
-    for line in terminal.lines_typed():
-        messages.append(_user(line))
-        text = _answer(chat, messages, max_tokens, temperature, seed, False)
-        messages.append({"role": "assistant", "content": text})
-
-
-def _user(text: str) -> dict[str, str]:
-    return {"role": "user", "content": text}
-
-
-def _chat(name: str, store: Path | None) -> Chat:
-    from quantmill import blas
-
-    blas.preload()  # before anything loads MLX
-    from quantmill.generate import Chat
-    from quantmill.load import open_model
-
-    with open_model(name, store=_store(store)) as model:
-        return Chat(model)
-
-
-def _answer(
-    chat: Chat,
-    messages: list[dict[str, str]],
-    max_tokens: int,
-    temperature: float,
-    seed: int | None,
-    json_output: bool,
-) -> str:
-    text, last = "", None
-    for piece in chat.stream(messages, max_tokens=max_tokens, temperature=temperature, seed=seed):
-        text, last = text + piece.text, piece
-        if not json_output:
-            terminal.print_part(piece.text)
-    if json_output:
-        from quantmill.report import answer_json
-
-        terminal.print_json(answer_json(text, last))
-    else:
-        terminal.print_part("\n")
-    return text
-
-
-@app.command()
-def serve(
-    name: NameArgument,
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8080,
-    max_tokens: Annotated[
-        int, typer.Option("--max-tokens", min=1, metavar="N", help="Tokens at most.")
-    ] = 512,
-    store: StoreOption = None,
-) -> None:
-    """Put a model behind mlx-lm's OpenAI-compatible HTTP server."""
-    from quantmill import blas
-
-    blas.preload()
-    from quantmill import generate
-    from quantmill.load import open_model
-
-    with open_model(name, store=_store(store)) as model:
-        chat = generate.Chat(model)
-    print(f"serving {name} at http://{host}:{port}/v1", file=sys.stderr)
-    # mlx-lm's server knows how to stop at an interrupt: a polite kill is to mean the same
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    generate.serve(chat, name, host=host, port=port, max_tokens=max_tokens)
-    sys.stderr.flush()
-    os._exit(0)  # MLX aborts while its threads are torn down; everything is stopped by now
+app.command("run")(conversation.run_model)
+app.command()(conversation.serve)
 
 
 @app.command()
@@ -453,6 +381,18 @@ def doctor(json_output: JsonOption = False) -> None:
         terminal.print_lines(report.doctor_lines(facts))
 
 
+@app.command("kernels")
+def list_kernels(json_output: JsonOption = False) -> None:
+    """List the implementations of the arithmetic, and which one this processor uses."""
+    from quantmill import kernels, report
+
+    found = kernels.list_kernels()
+    if json_output:
+        terminal.print_json(report.kernels_json(found))
+    else:
+        terminal.print_table(report.KERNEL_COLUMNS, report.kernel_rows(found))
+
+
 # -- exit codes ------------------------------------------------------------------------------------
 
 
@@ -466,6 +406,7 @@ def _terminate(*_: object) -> NoReturn:
 
 def main() -> None:
     """Entry point: run a command, turn errors into one line, a hint and an exit code."""
+    warnings.showwarning = lambda message, *_: terminal.warn([str(message)])
     signal.signal(signal.SIGTERM, _terminate)
     sys.exit(run(sys.argv[1:]))
 

@@ -7,6 +7,7 @@ import platform
 import sys
 from typing import Any
 
+from quantmill import kernels
 from quantmill.blas import Blas
 from quantmill.version import __version__
 
@@ -22,6 +23,7 @@ def describe(blas: Blas) -> dict[str, Any]:
         "quantmill": __version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
+        "kernels": kernels.in_use(),
         "mlx": _version("mlx"),
         "device": str(mx.default_device()),
         "blas": blas.path or f"MLX's own ({blas.reason})",

@@ -17,7 +17,17 @@ from quantmill.journal import Journal, Note
 from quantmill.manifest import BlobRef
 from quantmill.opening import OpenSource
 from quantmill.pacing import PIECE_BYTES, Pace
-from quantmill.plans import CAST, STACK, BlobSpec, Options, Plan, TensorSpec
+from quantmill.plans import (
+    CAST,
+    CPU_PROFILE,
+    DEVICE_PROFILES,
+    GPU_PROFILE,
+    STACK,
+    BlobSpec,
+    Options,
+    Plan,
+    TensorSpec,
+)
 from quantmill.quantize import Arithmetic, quantize, scan
 from quantmill.source import SourceTensor
 from quantmill.store import BlobWriter, Pending, Store
@@ -174,13 +184,13 @@ def _discard(store: Store, futures: set[Future[_Done]]) -> None:
 
 def _arithmetic(profile: str) -> Arithmetic:
     """Whose rounding to follow (docs/formats.md)."""
-    if profile == "mlx-cpu":
+    if profile == CPU_PROFILE:
         return quantize
-    if profile == "gpu":
+    if profile == GPU_PROFILE:
         from quantmill.gpuround import quantize_as_gpu
 
         return quantize_as_gpu
-    if profile in {"metal", "cuda"}:
+    if profile in DEVICE_PROFILES:
         from quantmill.mlxquantize import quantize_on_gpu
 
         return quantize_on_gpu
@@ -346,7 +356,7 @@ def _cast(piece: memoryview, dtype: str) -> memoryview:
 def recorded_options(options: Options) -> dict[str, object]:
     """What a stored model says about options that change bytes; {} for the defaults."""
     found: dict[str, object] = {}
-    if options.profile != "mlx-cpu":
+    if options.profile != CPU_PROFILE:
         found["profile"] = options.profile
     if options.rounding != "ceil":
         found["e8m0"] = options.rounding

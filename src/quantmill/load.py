@@ -7,7 +7,7 @@ and global scale beside them and the quantization parameters resolved (docs/load
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 from quantmill import mediatypes, strictjson
 from quantmill.checkpoint import open_checkpoint, read_side_file
 from quantmill.companions import loaded_name
+from quantmill.digests import Digest
 from quantmill.errors import BadName, Corrupt, NotFound
 from quantmill.files import translated
 from quantmill.manifest import BlobRef, Manifest
@@ -25,7 +26,7 @@ from quantmill.quantconfig import read_quant_config
 from quantmill.source import CONFIG, MODEL_INDEX, QUANTIZATION_CONFIG
 from quantmill.store import Store
 from quantmill.tensorfile import TensorFile
-from quantmill.verification import MAX_JSON, read_tensor_file
+from quantmill.verification import MAX_JSON, damaged, read_tensor_file
 
 DRAFT = "draft"
 """The component that is a model's draft model, where it has one."""
@@ -83,8 +84,9 @@ def _from_manifest(
         raise NotFound(f"{where} has {what}", kind="no_component" if component else "no_tensors")
     tensors: dict[str, Located] = {}
     seen: dict[str, str] = {}
+    bad = damaged(store, (ref.digest for ref in refs)) if verify else set()
     for ref in refs:
-        file = _header(where, store, ref, verify)
+        file = _header(where, store, ref, bad)
         path = store.blob_path(ref.digest)
         names = {key: _placed(ref.name or "", key, part) for key in file.entries}
         metadata = _renamed(file.metadata, names)
@@ -108,10 +110,10 @@ def _from_manifest(
     return _model(where, tensors, read, list(files), part.files, index)
 
 
-def _header(where: str, store: Store, ref: BlobRef, verify: bool) -> TensorFile:
+def _header(where: str, store: Store, ref: BlobRef, bad: Set[Digest]) -> TensorFile:
     shown = f"{where}: blob {ref.digest.short} ({ref.name})"
     try:
-        if verify and store.hash_blob(ref.digest) != ref.digest:
+        if ref.digest in bad:
             raise Corrupt(f"{shown} is damaged")
         return read_tensor_file(store, ref)
     except NotFound:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import resource
 import sys
-from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 
 from quantmill import kernels
 from quantmill.errors import OverBudget
-from quantmill.plans import CAST, Plan, TensorSpec
+from quantmill.plans import CAST, CPU_PROFILE, Options, Plan
 
 PIECE_BYTES = 1 << 20
 """Source bytes that a thread takes at once: enough to make Python's share small, and cached."""
@@ -51,11 +50,12 @@ def pace(plan: Plan, workers: int | None = None, memory: int | None = None) -> P
     one thread with the smallest pieces would not fit.
     """
     wanted = workers or default_workers()
-    times = _working_bytes(plan.tensors, plan.options.profile, plan.options.rounding)
+    times = _working_bytes(plan)
     if memory is None:
         usual = max(SMALLEST_PIECE, _USUAL_BYTES // times)
         return Pace(wanted, min(PIECE_BYTES, _power_of_two(usual)))
-    used = occupied() + _RESERVE + (_MLX_BYTES if _loads_mlx(plan) else 0)
+    loads_mlx = not _is_native(plan.options) and "mlx.core" not in sys.modules
+    used = occupied() + _RESERVE + (_MLX_BYTES if loads_mlx else 0)
     smallest = _KEPT_BYTES + times * SMALLEST_PIECE
     if used + smallest > memory:
         raise OverBudget(
@@ -67,11 +67,10 @@ def pace(plan: Plan, workers: int | None = None, memory: int | None = None) -> P
     return Pace(fitting, min(PIECE_BYTES, _power_of_two(share // times)))
 
 
-def _working_bytes(specs: Iterable[TensorSpec], profile: str, rounding: str) -> int:
+def _working_bytes(plan: Plan) -> int:
     """Bytes that the arithmetic occupies for each byte of source data, at most."""
-    native = profile == "mlx-cpu" and rounding == "ceil" and kernels.in_use() != kernels.MLX
-    found = 2
-    for spec in specs:
+    native, found = _is_native(plan.options), 2
+    for spec in plan.tensors:
         if spec.transform == CAST:
             found = max(found, 8)
         if spec.format is not None and not native:
@@ -80,12 +79,10 @@ def _working_bytes(specs: Iterable[TensorSpec], profile: str, rounding: str) -> 
     return found
 
 
-def _loads_mlx(plan: Plan) -> bool:
-    return "mlx.core" not in sys.modules and (
-        plan.options.profile != "mlx-cpu"
-        or plan.options.rounding != "ceil"
-        or kernels.in_use() == kernels.MLX
-    )
+def _is_native(options: Options) -> bool:
+    """Whether the kernels do all the work, and neither MLX nor NumPy."""
+    usual = options.profile == CPU_PROFILE and options.rounding == "ceil"
+    return usual and kernels.in_use() != kernels.MLX
 
 
 def _power_of_two(limit: int) -> int:

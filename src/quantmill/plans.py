@@ -22,6 +22,12 @@ DECODE_FP8 = "decode_fp8"
 DECODE_STACK_FP8 = "decode_stack_fp8"
 
 
+CPU_PROFILE = "mlx-cpu"
+GPU_PROFILE = "gpu"
+DEVICE_PROFILES = ("metal", "cuda")
+"""Whose rounding (docs/formats.md): MLX's on a CPU, a GPU's in software, a GPU's own."""
+
+
 @dataclass(frozen=True, slots=True)
 class Override:
     """A user's rule: tensors whose name fits `pattern` get `format`, None meaning keep."""
@@ -34,11 +40,12 @@ class Override:
 class Options:
     """What the user may choose. The defaults give the bytes of MLX on a CPU.
 
-    `profile` is whose rounding is followed: `mlx-cpu`, or `gpu` for that of MLX's Metal kernels.
+    `profile` is whose rounding is followed: `mlx-cpu`, `gpu` for that of MLX's Metal kernels in
+    software, `metal` or `cuda` for that of the device that does the work.
     """
 
     overrides: tuple[Override, ...] = ()
-    profile: str = "mlx-cpu"
+    profile: str = CPU_PROFILE
     rounding: str = "ceil"
     global_scale: bool = False
     allow_non_finite: bool = False

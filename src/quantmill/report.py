@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # values only: a report needs none of the machinery that make
     from quantmill.facts import FormatShare, Listed, ModelFacts
     from quantmill.formats import Format
     from quantmill.generate import Piece
+    from quantmill.kernels import Kernels
     from quantmill.plans import Plan, TensorSpec
     from quantmill.pruning import PrunePlan, Removed
     from quantmill.store import BlobFile
@@ -127,8 +128,8 @@ def plan_summary(plan: Plan, free_bytes: int | None = None) -> list[str]:
 # -- create ----------------------------------------------------------------------------------------
 
 
-def created_json(created: Created) -> dict[str, Any]:
-    """The result of `create`."""
+def created_json(created: Created, ignored: Sequence[str] = ()) -> dict[str, Any]:
+    """The result of `create`; `ignored` are lines of the Modelfile without effect."""
     plan = created.plan
     return {
         "name": created.name.display,
@@ -136,6 +137,8 @@ def created_json(created: Created) -> dict[str, Any]:
         "size": created.size,
         "entries": created.entries,
         "new_blobs": created.new_blobs,
+        "resumed": created.resumed,
+        "profile": plan.options.profile,
         "tensors": len(plan.tensors),
         "source_bytes": plan.source_bytes,
         "stored_bytes": plan.blob_bytes,
@@ -145,6 +148,7 @@ def created_json(created: Created) -> dict[str, Any]:
         "left_out": [f.name for f in plan.files if not f.media_type],
         "dropped_tensors": [d.name for d in plan.dropped],
         "non_finite": dict(created.non_finite),
+        "ignored": list(ignored),
     }
 
 
@@ -153,12 +157,14 @@ def created_lines(created: Created, seconds: float) -> list[str]:
     plan = created.plan
     fmt = plan.format.label if plan.format else "source precision"
     rate = f", {bytes_text(plan.source_bytes / seconds)}/s" if seconds > 0.5 else ""
+    resumed = f", {created.resumed} from an earlier run" if created.resumed else ""
     return [
         f"created {created.name.display} ({fmt}): {_plural(len(plan.tensors), 'tensor')}, "
         f"{bytes_text(plan.source_bytes)} -> {bytes_text(plan.blob_bytes)}, "
         f"{plan.bits_per_weight:.2f} bits per weight, {seconds:.1f} s{rate}",
         f"{_plural(created.entries, 'entry').replace('entrys', 'entries')}, "
-        f"{created.new_blobs} new tensor blobs, manifest {created.digest.short}",
+        f"{created.new_blobs} new tensor blobs{resumed}, rounding {plan.options.profile}, "
+        f"manifest {created.digest.short}",
     ]
 
 
@@ -362,6 +368,22 @@ def doctor_lines(facts: dict[str, Any]) -> list[str]:
     flat = {k: ", ".join(v) if isinstance(v, list) else str(v) for k, v in facts.items()}
     width = max(map(len, flat))
     return [f"{key.replace('_', ' ').ljust(width)}  {text}" for key, text in flat.items()]
+
+
+KERNEL_COLUMNS: Row = ("name", "supported", "used", "what")
+
+
+def kernels_json(found: Sequence[Kernels]) -> list[dict[str, Any]]:
+    """The implementations of the arithmetic."""
+    return [
+        {"name": k.name, "supported": k.supported, "used": k.used, "what": k.what} for k in found
+    ]
+
+
+def kernel_rows(found: Sequence[Kernels]) -> list[Row]:
+    """The same for people."""
+    words = {True: "yes", False: "no"}
+    return [(k.name, words[k.supported], "yes" if k.used else "", k.what) for k in found]
 
 
 def removed_json(removed: Removed) -> dict[str, Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from quantmill import mediatypes, strictjson
@@ -11,6 +13,7 @@ from quantmill.digests import Digest
 from quantmill.errors import BadTensorFile, Corrupt, NotFound, QuantmillError
 from quantmill.manifest import BlobRef
 from quantmill.names import ModelName, as_names
+from quantmill.pacing import default_workers
 from quantmill.store import Store
 from quantmill.stored import LEGACY_KEY, StoredTensor, describe_blob
 from quantmill.tensorfile import LENGTH_BYTES, TensorFile, header_length, parse_header
@@ -42,22 +45,24 @@ class Verified:
 
 @dataclass(slots=True)
 class _Work:
-    """Each blob once, with every reference to it."""
+    """Each blob once, with every reference to it, and what was found so far."""
 
     refs: dict[Digest, list[tuple[str, BlobRef]]] = field(default_factory=lambda: defaultdict(list))
     damage: list[Damage] = field(default_factory=list)
-    nbytes: int = 0
 
 
 def verify(
     store: Store,
     names: str | ModelName | Iterable[str | ModelName] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    *,
+    workers: int | None = None,
 ) -> Verified:
     """Check the named models, or all models and every other blob in the store.
 
-    `progress` is called with bytes done and bytes in all. Raises NotFound for a name that is not
-    there; damage is returned, not raised.
+    `progress` is called with bytes done and bytes in all. `workers` threads hash blobs at once, one
+    on each processor by default. Raises NotFound for a name that is not there; damage is returned,
+    not raised.
     """
     everything = names is None
     chosen = [s.name for s in store.list_names()] if names is None else as_names(names)
@@ -69,12 +74,19 @@ def verify(
             if blob.digest is not None:
                 work.refs.setdefault(blob.digest, [])
     total = sum(_size_or_zero(store, digest) for digest in work.refs)
-    for digest in sorted(work.refs):
-        _check_blob(store, digest, work)
-        if progress:
-            progress(work.nbytes, total)
-    damage = tuple(sorted(work.damage, key=lambda d: (d.models, d.message)))
-    return Verified(len(chosen), len(work.refs), work.nbytes, damage)
+    nbytes = 0
+
+    def check(digest: Digest) -> tuple[int, list[Damage]]:
+        return _check_blob(store, digest, work.refs[digest])
+
+    with ThreadPoolExecutor(workers or default_workers(), thread_name_prefix="verify") as pool:
+        for size, damage in pool.map(check, sorted(work.refs)):
+            nbytes += size
+            work.damage += damage
+            if progress:
+                progress(nbytes, total)
+    found = tuple(sorted(work.damage, key=lambda d: (d.models, d.message)))
+    return Verified(len(chosen), len(work.refs), nbytes, found)
 
 
 def _collect(store: Store, name: ModelName, work: _Work, *, strict: bool) -> None:
@@ -101,42 +113,56 @@ def _size_or_zero(store: Store, digest: Digest) -> int:
         return 0
 
 
-def _check_blob(store: Store, digest: Digest, work: _Work) -> None:
-    uses = work.refs[digest]
+def _check_blob(
+    store: Store, digest: Digest, uses: list[tuple[str, BlobRef]]
+) -> tuple[int, list[Damage]]:
+    """Bytes read, and what is wrong with a blob or with an entry that names it."""
     models = tuple(sorted({model for model, _ in uses}))
     try:
         size = store.blob_size(digest)
         actual = store.hash_blob(digest)
-        work.nbytes += size
-        if actual != digest:
-            work.damage.append(
-                Damage(
-                    "digest_mismatch",
-                    f"blob {digest.short}{_called(uses)} has the content of {actual.short}",
-                    digest,
-                    models,
-                )
-            )
-            return
-        _check_uses(store, digest, size, work)
+        if actual == digest:
+            return size, _check_uses(store, digest, size, uses)
+        what = f"blob {digest.short}{_called(uses)} has the content of {actual.short}"
+        return size, [Damage("digest_mismatch", what, digest, models)]
     except QuantmillError as error:
         kind = "blob_missing" if error.kind == "not_found" else error.kind
         what = f"blob {digest.short}{_called(uses)} is missing" if kind == "blob_missing" else (
             error.message
         )  # fmt: skip
-        work.damage.append(Damage(kind, what, digest, models))
+        return 0, [Damage(kind, what, digest, models)]
 
 
-def _check_uses(store: Store, digest: Digest, size: int, work: _Work) -> None:
+def _check_uses(
+    store: Store, digest: Digest, size: int, uses: list[tuple[str, BlobRef]]
+) -> list[Damage]:
     """Each entry that names the blob; a finding names only the models it is about."""
     found: dict[tuple[str, str], set[str]] = defaultdict(set)
-    for model, ref in work.refs[digest]:
+    for model, ref in uses:
         try:
             _check_ref(store, ref, size)
         except QuantmillError as error:
             found[error.kind, error.message].add(model)
-    for (kind, message), models in found.items():
-        work.damage.append(Damage(kind, message, digest, tuple(sorted(models))))
+    return [
+        Damage(kind, message, digest, tuple(sorted(models)))
+        for (kind, message), models in found.items()
+    ]
+
+
+def damaged(store: Store, digests: Iterable[Digest]) -> set[Digest]:
+    """Which of these blobs do not have the content that their names promise.
+
+    Missing ones are not among them. One thread on each processor reads.
+    """
+
+    def is_damaged(digest: Digest) -> bool:
+        with suppress(NotFound):
+            return store.hash_blob(digest) != digest
+        return False
+
+    wanted = sorted(set(digests))
+    with ThreadPoolExecutor(default_workers(), thread_name_prefix="verify") as pool:
+        return {d for d, bad in zip(wanted, pool.map(is_damaged, wanted), strict=True) if bad}
 
 
 def _called(uses: list[tuple[str, BlobRef]]) -> str:
