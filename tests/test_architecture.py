@@ -46,6 +46,7 @@ LAYERS = [
         "verification",
         "pruning",
         "facts",
+        "decode",
         "model",
         "load",
         "layers",

@@ -399,7 +399,7 @@ def test_one_row_equals_that_row_of_the_whole(small: Model, name: str, index: in
 @pytest.mark.parametrize("index", [8, -9])
 def test_an_index_beyond_the_end_is_refused(small: Model, index: int) -> None:
     """An index outside the first axis is an error, never memory beyond it."""
-    with pytest.raises(IndexError, match="of 8"):
+    with pytest.raises(IndexError, match="8"):
         small.dequantize(Q, index)
 
 

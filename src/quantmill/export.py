@@ -16,6 +16,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+import numpy.typing as npt
 
 from quantmill import mlxlm
 from quantmill.errors import BadRequest
@@ -54,7 +55,7 @@ class _Tensor:
     name: str
     dtype: str
     shape: tuple[int, ...]
-    array: Callable[[], mx.array]
+    array: Callable[[], npt.NDArray[Any]]
 
     @property
     def nbytes(self) -> int:
@@ -139,19 +140,22 @@ def _decoded(model: Model, name: str) -> Iterator[_Tensor]:
         dtype = model.scale_dtype(name) if params.format.has_bias else "BF16"
     stack = mlxlm.stack_name(name) if len(shape) == 3 else None
     if stack is None:
-        yield _Tensor(name, dtype, shape, lambda: model.dequantize(name))
+        yield _Tensor(name, dtype, shape, lambda: model.decode(name))
         return
     for index in range(shape[0]):
         yield _Tensor(
             f"{stack[0]}.{index}.{stack[1]}.weight",
             dtype,
             shape[1:],
-            lambda i=index: model.dequantize(name, i),  # type: ignore[misc]
+            lambda i=index: model.decode(name, i),  # type: ignore[misc]
         )
 
 
 def _lazy(name: str, array: mx.array) -> _Tensor:
-    return _Tensor(name, _TAGS[array.dtype], tuple(array.shape), lambda: array)
+    def read() -> npt.NDArray[Any]:
+        return np.asarray(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array)
+
+    return _Tensor(name, _TAGS[array.dtype], tuple(array.shape), read)
 
 
 def _write_shards(
@@ -189,10 +193,7 @@ def _write_shard(path: Path, tensors: list[_Tensor]) -> None:
     with translated(path), path.open("wb") as file:
         file.write(header)
         for tensor in tensors:
-            array = tensor.array()
-            if array.dtype == mx.bfloat16:
-                array = array.view(mx.uint16)
-            file.write(np.ascontiguousarray(np.asarray(array)).data)
+            file.write(np.ascontiguousarray(tensor.array()).data)
         file.flush()
         os.fsync(file.fileno())
 
