@@ -143,10 +143,12 @@ def write_blobs(
                 # While these are synced and named the threads go on: what they finish meanwhile is
                 # the next batch.
                 futures = _all_of(finished)
-                batch = [future.result() for future in futures]
+                batch = [future.result() for future in futures if not future.exception()]
                 new += _commit(store, journal, batch)
                 uncommitted -= set(futures)
                 done |= {one.blob.name: one for one in batch}
+                for future in futures:
+                    future.result()  # what went wrong, once the others are safe
         finally:
             job.cancelled.set()
             pool.shutdown(wait=True, cancel_futures=True)

@@ -20,7 +20,7 @@ SMALLEST_PIECE = 1 << 16
 MOST_WORKERS = 4
 """Threads by default: beyond this the disk and the bus are busy."""
 
-_USUAL_BYTES = 48 << 20
+_USUAL_BYTES = 32 << 20
 """Working memory of a thread when no budget is given, for arithmetic that needs much of it."""
 
 _KEPT_BYTES = 3 << 20
