@@ -48,8 +48,11 @@ check: $(VENV)/.check
 	$(BIN)/mypy
 
 bench: $(VENV)/.test
+	$(BIN)/python -m pip install --quiet --group bench
+	$(BIN)/python benchmarks/bench_kernels.py
 	$(BIN)/python benchmarks/bench_create.py
 	$(BIN)/python benchmarks/bench_load.py
+	$(BIN)/python benchmarks/plot_create.py --to bench-results/create.svg
 
 clean:
-	rm -rf $(VENV) $(DEMO) bench-results .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(DEMO) build bench-results .pytest_cache .mypy_cache .ruff_cache .hypothesis

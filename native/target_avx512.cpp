@@ -14,6 +14,24 @@ namespace {
 
 #include "x86.inl"
 
+// Codes by five bits of a BF16 magnitude, and the same with the sign.
+struct Table {
+    alignas(64) std::uint16_t positive[32], negative[32];
+};
+constexpr Table e2m1_table() {
+    Table table = {};
+    // index 0x13 is everything up to 0.25; 0.5 begins at 0x14, and so on to 6
+    constexpr int begins[8] = {0x1F3, 0x1F4, 0x1FA, 0x1FD, 0x1FF, 0x201, 0x203, 0x205};
+    for (int index = 0x1F3; index < 0x1F3 + 32; ++index) {
+        int code = 0;
+        while (code < 7 && index >= begins[code + 1]) ++code;
+        table.positive[index % 32] = static_cast<std::uint16_t>(code);
+        table.negative[index % 32] = static_cast<std::uint16_t>(code == 0 ? 0 : code | 8);
+    }
+    return table;
+}
+constexpr Table e2m1 = e2m1_table();
+
 struct V {
     static constexpr int lanes = 16;
     using F = __m512;
@@ -124,6 +142,34 @@ struct V {
     static void unpack(const std::uint8_t* stream, std::uint8_t* codes) {
         unpack_x86<size, bits>(stream, codes);
     }
+    // E2M1 codes from a table of 64: all thresholds are multiples of 32, so above 0.25 the next five
+    // bits of a magnitude tell them apart, and bit 5 takes the sign. -0 is not among the codes.
+    static I e2m1_codes_16(I below, I bits) {
+        const I index = shr_16<5>(max_16(below, set_16(0x3E60)));
+        const I signs = shr_16<10>(bits);
+        const I both = _mm512_ternarylogic_epi32(set_16(0x20), signs, index, 0xCA);
+        return _mm512_permutex2var_epi16(load(e2m1.positive), both, load(e2m1.negative));
+    }
+
+    // The largest magnitudes of 32 groups, as BF16 widened to 32 bits.
+    template <int size>
+    static void largest_bf16_of_block(const std::uint8_t* weights, std::uint32_t* largest) {
+        const auto magnitudes = [](const void* from) { return iand(load(from), set_16(0x7FFF)); };
+        for (int g = 0; g < 32; g += 16) {
+            store(largest + g, tree<size>(weights + g * size * 2, magnitudes, max_16));
+        }
+    }
+    // The same for the ends of groups in both orders (see `extremes` in vector.inl).
+    template <int size>
+    static void ends_bf16_of_block(const std::uint8_t* weights, float* negative, float* positive) {
+        const auto larger = [](I a, I b) { return _mm512_max_epu16(a, b); };
+        for (int g = 0; g < 32; g += 16) {
+            const std::uint8_t* from = weights + g * size * 2;
+            store(positive + g, tree<size>(from, load, max_16));
+            store(negative + g, tree<size>(from, load, larger));
+        }
+    }
+
     template <int size>
     static void unpack_nibbles(const std::uint8_t* stream, std::uint8_t* codes) {
         unpack_nibbles_x86<size>(stream, codes);
@@ -143,6 +189,44 @@ struct V {
     }
 
   private:
+    // The largest of each of 16 groups by some order, in the upper half of every lane. Halves of
+    // several groups are put side by side, so that every comparison has full vectors to work on.
+    template <int size, class Load, class Larger>
+    static I tree(const std::uint8_t* weights, Load loaded, Larger larger) {
+        I eights[4];  // four groups each, eight numbers of a group
+        for (int i = 0; i < 4; ++i) {
+            const std::uint8_t* from = weights + 4 * i * size * 2;
+            const I first = two_groups<size>(from, loaded, larger);
+            const I second = two_groups<size>(from + 2 * size * 2, loaded, larger);
+            eights[i] = larger(_mm512_shuffle_i64x2(first, second, 0x88),
+                               _mm512_shuffle_i64x2(first, second, 0xDD));
+        }
+        F fours[2];
+        for (int i = 0; i < 2; ++i) {
+            const I a = eights[2 * i], b = eights[2 * i + 1];
+            fours[i] = as_float(larger(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b)));
+        }
+        const I twos = larger(as_int(_mm512_shuffle_ps(fours[0], fours[1], 0x88)),
+                              as_int(_mm512_shuffle_ps(fours[0], fours[1], 0xDD)));
+        const I ones = larger(twos, shl<16>(twos));
+        // lane 4k + j holds group 4j + k
+        const I order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+        return iand(_mm512_permutexvar_epi32(order, ones), seti(~0xFFFF));
+    }
+
+    // Two groups, sixteen numbers of each.
+    template <int size, class Load, class Larger>
+    static I two_groups(const std::uint8_t* weights, Load loaded, Larger larger) {
+        if constexpr (size == 16) return loaded(weights);
+        I first = loaded(weights), second = loaded(weights + 2 * size);
+        for (int i = 32; i < size; i += 32) {
+            first = larger(first, loaded(weights + 2 * i));
+            second = larger(second, loaded(weights + 2 * (size + i)));
+        }
+        return larger(_mm512_shuffle_i64x2(first, second, 0x44),
+                      _mm512_shuffle_i64x2(first, second, 0xEE));
+    }
+
     static __m256i low(I v) { return _mm512_castsi512_si256(v); }
     static __m256i high(I v) { return _mm512_extracti64x4_epi64(v, 1); }
     static __m256i narrow(F v) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }

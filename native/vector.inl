@@ -177,12 +177,59 @@ inline std::uint32_t largest_bits(const std::uint8_t* weights) {
     }
 }
 
+// The same for all groups of a block, `count` of them.
+template <class T, int size, class W = V>
+inline void largest_of_block(const std::uint8_t* weights, int count, std::uint32_t* largest) {
+    constexpr int group_bytes = static_cast<int>(sizeof(typename T::Raw)) * size;
+    if constexpr (T::dtype == Dtype::bf16 &&
+                  requires { W::template largest_bf16_of_block<size>(weights, largest); }) {
+        if (count == block_groups) {
+            W::template largest_bf16_of_block<size>(weights, largest);
+            return;
+        }
+    }
+    for (int g = 0; g < count; ++g) {
+        largest[g] = largest_bits<T, size>(weights + g * group_bytes);
+    }
+}
+
 // -- affine ---------------------------------------------------------------------------------------
 
 struct AffineBlock {
     alignas(64) float least[block_groups], largest[block_groups];
     alignas(64) float scale[block_groups], bias[block_groups], inverse[block_groups];
 };
+
+// Stage 1: the extremes of a block; a bit for each group that is not finite.
+template <class T, int size, class W = V>
+inline std::uint32_t extremes_of_block(const std::uint8_t* weights, int count, AffineBlock& block) {
+    if constexpr (T::dtype == Dtype::bf16 && requires {
+                      W::template ends_bf16_of_block<size>(weights, block.least, block.largest);
+                  }) {
+        if (count == block_groups) {
+            W::template ends_bf16_of_block<size>(weights, block.least, block.largest);
+            I odd = V::seti(0);  // of one sign, or not finite
+            for (int g = 0; g < block_groups; g += V::lanes) {
+                const I above = V::as_int(V::loadf(block.largest + g));
+                const I below = V::as_int(V::loadf(block.least + g));
+                const I ends = V::imax(magnitude(above), magnitude(below));
+                const I two_signs = V::iand(V::ixor(above, V::seti(-1)), below);
+                odd = V::ior(odd, V::shr<31>(V::ixor(two_signs, V::seti(-1))));
+                odd = V::add_if_greater(odd, ends, V::seti(static_cast<int>(infinity_bits) - 1));
+            }
+            if (V::reduce_max(odd) == 0) return 0;
+        }
+    }
+    std::uint32_t cold = 0;
+    for (int g = 0; g < count; ++g) {
+        constexpr int group_bytes = static_cast<int>(sizeof(typename T::Raw)) * size;
+        const Extremes found = extremes<T, size>(weights + g * group_bytes);
+        block.least[g] = found.finite ? found.least : 0.0f;
+        block.largest[g] = found.finite ? found.largest : 0.0f;
+        cold |= found.finite ? 0u : 1u << g;
+    }
+    return cold;
+}
 
 // Stage 2: steps 2 to 4 of docs/formats.md for all groups of a block.
 inline void affine_parameters(AffineBlock& block, float top) {
@@ -244,13 +291,8 @@ void affine(const QuantizeTask& task, Outcome& outcome) {
     AffineBlock block = {};
     for (std::size_t start = 0; start < task.groups; start += block_groups) {
         const int count = groups_of_block(task, start);
-        std::uint32_t cold = 0;
-        for (int g = 0; g < count; ++g) {
-            const Extremes found = extremes<T, size>(weights_of<T, size>(task, start + g));
-            block.least[g] = found.finite ? found.least : 0.0f;
-            block.largest[g] = found.finite ? found.largest : 0.0f;
-            cold |= found.finite ? 0u : 1u << g;
-        }
+        const std::uint32_t cold =
+            extremes_of_block<T, size>(weights_of<T, size>(task, start), count, block);
         affine_parameters(block, top);
         Codes<T, size, bits> codes(task.codes + start * stride);
         for (int g = 0; g < count; ++g) {
@@ -281,11 +323,16 @@ inline I e2m1_codes(F values) {
     return V::select_greater(code, V::seti(0), V::ior(code, sign), code);
 }
 
-// The same for BF16 in lanes of 16 bits: `size` are magnitudes, `bits` hold the signs.
-inline I e2m1_codes_16(I size, I bits) {
-    I below_one = V::add_if_greater_16(V::seti(0), size, V::set_16(0x3E80));
-    below_one = V::add_if_greater_16(below_one, size, V::set_16(0x3F40));
-    const I from_one = V::sub_16(V::shr_16<6>(V::add_16(size, V::set_16(0x1F))), V::set_16(0xFC));
+// The same for BF16 in lanes of 16 bits: `below` is the magnitude less one, so that a code begins
+// where its threshold is reached; `bits` hold the signs. Not for magnitudes of 32 and more.
+template <class W = V>
+inline I e2m1_codes_16(I below, I bits) {
+    if constexpr (requires { W::e2m1_codes_16(below, bits); }) {
+        return W::e2m1_codes_16(below, bits);
+    }
+    I below_one = V::add_if_greater_16(V::seti(0), below, V::set_16(0x3E7F));
+    below_one = V::add_if_greater_16(below_one, below, V::set_16(0x3F3F));
+    const I from_one = V::sub_16(V::shr_16<6>(V::add_16(below, V::set_16(0x20))), V::set_16(0xFC));
     const I code = V::min_16(V::max_16(below_one, from_one), V::set_16(7));
     const I sign = V::iand(V::shr_16<12>(bits), V::set_16(8));
     return V::select_positive_16(code, V::ior(code, sign));
@@ -305,6 +352,16 @@ inline I e4m3_codes(F values) {
     const I code = V::iadd(digits, V::isub(V::shr<20>(exponent), V::seti(121 << 3)));
     const I sign = V::iand(V::shr<24>(bits), V::seti(0x80));
     return V::ior(V::imin(code, V::seti(e4m3_largest)), sign);
+}
+
+// Values of E4M3 bytes, as from_e4m3.
+inline F e4m3_values(I codes) {
+    const I size = V::iand(codes, V::seti(0x7F));
+    const I normal = V::iadd(V::shl<20>(size), V::seti(120 << 23));
+    const I small = V::as_int(V::mul(V::from_int(size), V::set(0x1p-9f)));
+    const I sign = V::shl<24>(V::iand(codes, V::seti(0x80)));
+    const I found = V::ior(V::select_greater(size, V::seti(7), normal, small), sign);
+    return V::as_float(V::select_greater(size, V::seti(0x7E), V::seti(0x7FC00000), found));
 }
 
 // -- mxfp4, mxfp8 ---------------------------------------------------------------------------------
@@ -331,12 +388,12 @@ inline void mx_group(const std::uint8_t* weights, int byte, int g,
                      Codes<T, mx_size, fp4 ? 4 : 8>& codes) {
     if constexpr (fp4 && T::dtype == Dtype::bf16) {
         // dividing by a power of two is subtracting from the exponent
-        const I shift = V::set_16((127 - byte) * 128);
+        const I shift = V::set_16((127 - byte) * 128 - 1);
         for (int i = 0; i < mx_size; i += 2 * V::lanes) {
             const I bits = V::load(weights + 2 * i);
             const I own = V::iand(bits, V::set_16(0x7FFF));
-            const I size = V::max_16(V::add_16(own, shift), V::seti(0));
-            codes.put_joined(g, i, nibbles_of_halves(e2m1_codes_16(size, bits)));
+            const I below = V::max_16(V::add_16(own, shift), V::seti(0));
+            codes.put_joined(g, i, nibbles_of_halves(e2m1_codes_16(below, bits)));
         }
     } else {
         const F inverse = V::set(power_of_two(127 - byte));
@@ -355,10 +412,12 @@ void mx(const QuantizeTask& task, Outcome& outcome) {
     for (std::size_t start = 0; start < task.groups; start += block_groups) {
         const int count = groups_of_block(task, start);
         Codes<T, mx_size, fp4 ? 4 : 8> codes(task.codes + start * stride);
+        alignas(64) std::uint32_t maxima[block_groups];
+        largest_of_block<T, mx_size>(weights_of<T, mx_size>(task, start), count, maxima);
         for (int g = 0; g < count; ++g) {
             const std::size_t group = start + static_cast<std::size_t>(g);
             const std::uint8_t* weights = weights_of<T, mx_size>(task, group);
-            const std::uint32_t largest = largest_bits<T, mx_size>(weights);
+            const std::uint32_t largest = maxima[g];
             if (largest < least_ordinary || largest >= largest_ordinary) [[unlikely]] {
                 exact_group<T>(task, group, outcome);
                 continue;
@@ -384,16 +443,25 @@ struct NvBlock {
 // Below this every quotient is far from where distances to the codes become equal.
 constexpr std::uint32_t nv_largest_ordinary = (127u + 20u) << 23;
 
-// A global scale that does not cover a group's maximum saturates the group's own: such groups, like
-// those whose scale is 0, get the byte 0 here and go the slow way.
+// A group whose scale is 0, or whose maximum a global scale does not cover, has no ordinary quotients.
+// Returns whether there is none of these.
 template <class T>
-inline void nv_parameters(NvBlock& block, float encode) {
-    for (int g = 0; g < block_groups; ++g) {
-        const float ratio = T::round(float_of(block.largest[g]) / e2m1_largest) * encode;
-        block.byte[g] = ratio <= 448.0f || encode == 1.0f ? to_e4m3(ratio) : 0;
-        block.scale[g] = from_e4m3(block.byte[g]);
-        block.inverse[g] = 1.0f / block.scale[g];
+inline bool nv_parameters(NvBlock& block, float encode) {
+    I odd = V::seti(0);
+    for (int g = 0; g < block_groups; g += V::lanes) {
+        const F largest = V::as_float(V::load(block.largest + g));
+        const F ratio = V::mul(rounded<T>(V::div(largest, V::set(e2m1_largest))), V::set(encode));
+        const I code = e4m3_codes(ratio);
+        const I beyond = encode == 1.0f ? code : V::seti(0);  // more than 448, or no number
+        const I covered = V::select_greater(magnitude(V::as_int(ratio)), V::seti(0x43E00000),
+                                            beyond, code);
+        const F scale = e4m3_values(covered);
+        V::store(block.byte + g, covered);
+        V::storef(block.scale + g, scale);
+        V::storef(block.inverse + g, V::div(V::set(1.0f), scale));
+        odd = V::ior(odd, V::select_greater(covered, V::seti(0), V::seti(0), V::seti(1)));
     }
+    return V::reduce_max(odd) == 0;
 }
 
 // x / scale rounded to T. A quotient of a BF16 number and an E4M3 one is never near the middle of two
@@ -432,7 +500,8 @@ inline void nv_groups(const std::uint8_t* weights, const NvBlock& block, int g, 
                 const I b = V::iadd(V::as_int(V::mul(pair.b, second)), half);
                 const I bits = V::ior(V::shr<16>(a), V::iand(b, V::seti(~0xFFFF)));
                 const I size = V::iand(bits, V::set_16(0x7FFF));
-                codes.put_joined(g / 2, i, nibbles_of_halves(e2m1_codes_16(size, bits)));
+                const I below = V::min_16(V::add_16(size, V::set_16(-1)), V::set_16(0x40FF));
+                codes.put_joined(g / 2, i, nibbles_of_halves(e2m1_codes_16(below, bits)));
                 continue;
             }
         }
@@ -448,23 +517,23 @@ void nvfp4(const QuantizeTask& task, Outcome& outcome) {
     NvBlock block = {};
     for (std::size_t start = 0; start < task.groups; start += block_groups) {
         const int count = groups_of_block(task, start);
-        bool ordinary = true;
-        for (int g = 0; g < count; ++g) {
-            block.largest[g] = largest_bits<T, nv_size>(weights_of<T, nv_size>(task, start + g));
-            ordinary = ordinary && block.largest[g] < nv_largest_ordinary;
+        largest_of_block<T, nv_size>(weights_of<T, nv_size>(task, start), count, block.largest);
+        // beyond the last group of all lies what an earlier block had there, which is harmless
+        I largest = V::load(block.largest);
+        for (int g = V::lanes; g < block_groups; g += V::lanes) {
+            largest = V::imax(largest, V::load(block.largest + g));
         }
-        if (!ordinary) [[unlikely]] {
+        if (V::reduce_max(largest) >= static_cast<int>(nv_largest_ordinary)) [[unlikely]] {
             for (int g = 0; g < count; ++g) exact_group<T>(task, start + g, outcome);
+            for (int g = 0; g < block_groups; ++g) block.largest[g] = 0;
             continue;
         }
-        nv_parameters<T>(block, task.encode);
-        bool all = true;
-        for (int g = 0; g < block_groups; ++g) all = all && block.byte[g] != 0;
+        const bool ordinary = nv_parameters<T>(block, task.encode);
         Codes<T, 2 * nv_size, 4> codes(task.codes + start * (nv_size / 2));
         for (int g = 0; g < count; g += 2) {
-            const std::size_t group = start + g;
-            const bool pair = g + 1 < count && (all || (block.byte[g] != 0 && block.byte[g + 1] != 0));
-            if (!pair) [[unlikely]] {
+            const std::size_t group = start + static_cast<std::size_t>(g);
+            const bool both = block.byte[g] != 0 && block.byte[g + 1] != 0;
+            if (g + 1 == count || (!ordinary && !both)) [[unlikely]] {
                 exact_group<T>(task, group, outcome);
                 if (g + 1 < count) exact_group<T>(task, group + 1, outcome);
                 continue;
@@ -478,16 +547,6 @@ void nvfp4(const QuantizeTask& task, Outcome& outcome) {
 }
 
 // -- dequantizing ---------------------------------------------------------------------------------
-
-// Values of E4M3 bytes, as from_e4m3.
-inline F e4m3_values(I codes) {
-    const I size = V::iand(codes, V::seti(0x7F));
-    const I normal = V::iadd(V::shl<20>(size), V::seti(120 << 23));
-    const I small = V::as_int(V::mul(V::from_int(size), V::set(0x1p-9f)));
-    const I sign = V::shl<24>(V::iand(codes, V::seti(0x80)));
-    const I found = V::ior(V::select_greater(size, V::seti(7), normal, small), sign);
-    return V::as_float(V::select_greater(size, V::seti(0x7E), V::seti(0x7FC00000), found));
-}
 
 // What decodes one group's codes. Groups that are out of the ordinary never get here, so all values
 // are finite, NaN among E4M3 codes aside.
