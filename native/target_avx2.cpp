@@ -84,9 +84,11 @@ struct V {
         _mm_storel_epi64((__m128i*)to, _mm_unpacklo_epi32(low_half(bytes), high_half(bytes)));
     }
     static void store_u16(void* to, I v) {
-        const I words = _mm256_packus_epi32(iand(v, seti(0xFFFF)), seti(0));
-        const __m128i joined = _mm_unpacklo_epi64(low_half(words), high_half(words));
-        _mm_storeu_si128((__m128i*)to, joined);
+        const I low_words = _mm256_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, -1, -1, -1, -1, -1, -1, -1,
+                                             -1, 0, 1, 4, 5, 8, 9, 12, 13, -1, -1, -1, -1, -1, -1,
+                                             -1, -1);
+        const I words = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(v, low_words), 0x08);
+        _mm_storeu_si128((__m128i*)to, low_half(words));
     }
 
     static I set_16(int x) { return _mm256_set1_epi16(static_cast<short>(x)); }

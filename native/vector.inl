@@ -231,8 +231,13 @@ inline std::uint32_t extremes_of_block(const std::uint8_t* weights, int count, A
     return cold;
 }
 
-// Stage 2: steps 2 to 4 of docs/formats.md for all groups of a block.
-inline void affine_parameters(AffineBlock& block, float top) {
+// Largest |scale| for which `affine_codes` is safe; the least scale is about 1e-8.
+constexpr float largest_safe_scale = 0x1p90f;
+
+// Stage 2: steps 2 to 4 of docs/formats.md for all groups of a block. Returns whether every scale is
+// safe.
+inline bool affine_parameters(AffineBlock& block, float top) {
+    I unsafe = V::seti(0);
     const I sign = V::seti(static_cast<int>(sign_bit));
     for (int i = 0; i < block_groups; i += V::lanes) {
         const F least = V::loadf(block.least + i), largest = V::loadf(block.largest + i);
@@ -253,7 +258,10 @@ inline void affine_parameters(AffineBlock& block, float top) {
         V::storef(block.scale + i, scale);
         V::storef(block.bias + i, bias);
         V::storef(block.inverse + i, V::div(V::set(1.0f), scale));
+        const I limit = V::as_int(V::set(largest_safe_scale));
+        unsafe = V::add_if_greater(unsafe, magnitude(V::as_int(scale)), limit);
     }
+    return V::reduce_max(unsafe) == 0;
 }
 
 // rint((x - bias) / scale): the quotient correctly rounded, by two steps of Markstein's iteration
@@ -266,9 +274,6 @@ inline I affine_codes(F x, F bias, F scale, F inverse, I top) {
     q = V::fma(V::fnma(q, scale, d), inverse, q);
     return V::imin(V::to_int(q), top);
 }
-
-// Largest |scale| for which the iteration above is safe; the least scale is about 1e-8.
-constexpr float largest_safe_scale = 0x1p90f;
 
 template <class T, int size, int bits>
 inline void affine_group(const std::uint8_t* weights, const AffineBlock& block, int g,
@@ -293,12 +298,26 @@ void affine(const QuantizeTask& task, Outcome& outcome) {
         const int count = groups_of_block(task, start);
         const std::uint32_t cold =
             extremes_of_block<T, size>(weights_of<T, size>(task, start), count, block);
-        affine_parameters(block, top);
+        const bool safe = affine_parameters(block, top);
         Codes<T, size, bits> codes(task.codes + start * stride);
+        if (safe && cold == 0 && count == block_groups) [[likely]] {
+            for (int g = 0; g < block_groups; g += V::lanes) {
+                const std::size_t at = (start + static_cast<std::size_t>(g)) * sizeof(Raw);
+                store_narrow<T>(task.scales + at, rounded<T>(V::loadf(block.scale + g)));
+                store_narrow<T>(task.biases + at, rounded<T>(V::loadf(block.bias + g)));
+            }
+            const std::uint8_t* weights = weights_of<T, size>(task, start);
+            for (int g = 0; g < block_groups; ++g) {
+                constexpr int group_bytes = static_cast<int>(sizeof(Raw)) * size;
+                affine_group<T, size, bits>(weights + g * group_bytes, block, g, codes);
+            }
+            codes.finish();
+            continue;
+        }
         for (int g = 0; g < count; ++g) {
-            const std::size_t group = start + g;
-            const bool safe = absolute(block.scale[g]) < largest_safe_scale;
-            if (!safe || ((cold >> g) & 1u)) [[unlikely]] {
+            const std::size_t group = start + static_cast<std::size_t>(g);
+            const bool fits = absolute(block.scale[g]) <= largest_safe_scale;
+            if (!fits || ((cold >> g) & 1u)) [[unlikely]] {
                 exact_group<T>(task, group, outcome);
                 continue;
             }
