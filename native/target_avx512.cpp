@@ -134,9 +134,9 @@ struct V {
         return largest_magnitude_of_16(top);
     }
 
-    template <int size, int bits>
+    template <int size, int bits, bool room>
     static void pack(const std::uint8_t* codes, std::uint8_t* out) {
-        pack_x86<size, bits>(codes, out);
+        pack_x86<size, bits, room>(codes, out);
     }
     template <int size, int bits>
     static void unpack(const std::uint8_t* stream, std::uint8_t* codes) {

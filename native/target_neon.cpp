@@ -139,7 +139,7 @@ struct V {
         return static_cast<unsigned>(vmaxvq_s16(h(top)));
     }
 
-    template <int size, int bits>
+    template <int size, int bits, bool>
     static void pack(const std::uint8_t* codes, std::uint8_t* out) {
         quantmill::pack(codes, size, bits, out);
     }

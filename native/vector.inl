@@ -68,9 +68,11 @@ class Codes {
     void finish() const {
         if constexpr (!at_once) {
             for (int g = 0; g < block_groups; ++g) {
-                if ((waiting_ >> g) & 1u) {
-                    V::template pack<size, bits>(kept_ + g * size, out_ + g * stride);
-                }
+                // what is written beyond a group is written again if the next two come after it
+                const std::uint32_t three = waiting_ >> g & 7u;
+                const std::uint8_t* codes = kept_ + g * size;
+                if (three == 7u) V::template pack<size, bits, true>(codes, out_ + g * stride);
+                else if (three & 1u) V::template pack<size, bits, false>(codes, out_ + g * stride);
             }
         }
     }

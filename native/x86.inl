@@ -93,15 +93,17 @@ constexpr Order opening_order(int bits) {
 }
 
 // Codes of 2, 3, 5 or 6 bits, a byte each, as a stream of bits: pairs are joined to twice, four times
-// and eight times the bits, then the gaps between the eights are closed.
-template <int size, int bits>
+// and eight times the bits, then the gaps between the eights are closed. With `room` up to twelve bytes
+// beyond the end are written as well.
+template <int size, int bits, bool room>
 inline void pack_x86(const std::uint8_t* codes, std::uint8_t* out) {
     const __m256i bytes = _mm256_set1_epi16(static_cast<short>(1 | (1 << (8 + bits))));
     const __m256i words = _mm256_set1_epi32(1 | (1 << (16 + 2 * bits)));
     const __m256i low = _mm256_set1_epi64x(0xFFFFFFFF);
     static constexpr Order order = closing_order(bits);
     const __m256i closing = load_256(order.bytes);
-    std::uint8_t stream[size * bits / 8 + 16];
+    std::uint8_t apart[room ? 1 : size * bits / 8 + 16];
+    std::uint8_t* stream = room ? out : apart;
     for (int i = 0; i < size; i += 32) {
         const __m256i twos = _mm256_maddubs_epi16(load_256(codes + i), bytes);
         const __m256i fours = _mm256_madd_epi16(twos, words);
@@ -111,7 +113,7 @@ inline void pack_x86(const std::uint8_t* codes, std::uint8_t* out) {
         _mm_storeu_si128((__m128i*)(stream + i * bits / 8), low_half(closed));
         _mm_storeu_si128((__m128i*)(stream + (i + 16) * bits / 8), high_half(closed));
     }
-    std::memcpy(out, stream, size * bits / 8);
+    if constexpr (!room) std::memcpy(out, apart, size * bits / 8);
 }
 
 // The way back.
