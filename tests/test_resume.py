@@ -71,11 +71,11 @@ def make(store: Store, source: Path, **options: Any) -> Created:
 
 
 def half_made(store: Store, source: Path) -> int:
-    """Interrupt a `create` half way; blobs that are named by then."""
+    """Interrupt a `create` half way; how many tensor blobs it had finished by then."""
     with pytest.raises(KeyboardInterrupt):
         make(store, source, progress=interrupted_after(len(SMALL) // 2))
     assert not store.list_names()
-    return len(list(store.blobs.glob("sha256-*")))
+    return len(journal(store).read_bytes().splitlines())
 
 
 def test_an_interrupted_create_goes_on(
@@ -218,10 +218,13 @@ def test_every_failing_operation_leaves_a_store_that_goes_on(tmp_path: Path, sou
     """Whichever file operation fails, the same command run again gives the same model."""
     counting = FaultyDisk()
     whole = make(Store(tmp_path / "whole", counting), source)
+    failed = 0
     for number in range(0, len(counting.done), 3):
         root = tmp_path / f"failing-{number}"
-        with pytest.raises(StoreError):
+        try:  # threads take turns: a run may have fewer operations than the one that was counted
             make(Store(root, FaultyDisk(number)), source)
+        except StoreError:
+            failed += 1
         for stored in Store(root).list_names():  # failed after the manifest had its name
             assert Store(root).get_manifest(stored.name).digest == whole.digest
         made = make(Store(root), source)
@@ -229,6 +232,7 @@ def test_every_failing_operation_leaves_a_store_that_goes_on(tmp_path: Path, sou
         assert not verify(Store(root)).damage
         assert not list(Store(root).blobs.glob("sha256-tmp-*"))
         shutil.rmtree(root)
+    assert failed > len(counting.done) // 4
 
 
 CHILD = "from quantmill.cli import main; main()"

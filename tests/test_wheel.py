@@ -62,7 +62,8 @@ def test_a_wheel_from_the_source_archive_works_by_itself(tmp_path: Path) -> None
 
 def check_archive(archive: Path) -> None:
     """What is needed to build is there, what is not ours to ship is not."""
-    names = {name.partition("/")[2] for name in tarfile.open(archive).getnames()}
+    with tarfile.open(archive) as opened:
+        names = {name.partition("/")[2] for name in opened.getnames()}
     assert {"CMakeLists.txt", "native/bind.cpp", "src/quantmill/cli.py", "LICENSE"} <= names
     assert not any(name.startswith((".ci", "shared", "build/")) for name in names)
     assert not any(name.endswith((".so", ".pyd")) for name in names)
@@ -70,7 +71,8 @@ def check_archive(archive: Path) -> None:
 
 def check_wheel(wheel: Path) -> None:
     """The name of the wheel says what its extension is built for."""
-    names = zipfile.ZipFile(wheel).namelist()
+    with zipfile.ZipFile(wheel) as opened:
+        names = opened.namelist()
     (extension,) = (name for name in names if "_native" in name and name.endswith(".so"))
     assert wheel.name.startswith(f"quantmill-{__version__}-")
     stable = sys.version_info >= (3, 12)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -109,12 +110,15 @@ def create(
         config = _config(decided, found, modelfile)
         side_files = list(_side_files(checkpoint, decided))
         chosen = pace(decided, workers, memory)
-        with store.writing():
+        additions = [(mediatypes.CONFIG, None, config), *side_files, *_additions(modelfile)]
+        # a thread of its own: waiting for the disk costs the weights no time
+        with store.writing(), ThreadPoolExecutor(1, "quantmill-files") as beside:
+            small = beside.submit(_put_all, store, additions)
             written = write_blobs(
                 decided, checkpoint, store, pace=chosen, restart=restart, progress=progress
             )
-            refs = [*written.refs, *_put_all(store, [*side_files, *_additions(modelfile)])]
-            config_ref = _put_all(store, [(mediatypes.CONFIG, None, config)])[0]
+            config_ref, *rest = small.result()
+            refs = [*written.refs, *rest]
             _check_present(store, [*refs, config_ref])
             raw = manifest_bytes(config_ref, refs)
             store.put_manifest(target, raw)

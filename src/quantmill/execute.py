@@ -93,6 +93,7 @@ class _Job:
     tensors_total: int
     cancelled: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
+    pending: set[Pending] = field(default_factory=set)  # whole files without a name yet
     tensors: int = 0
     bytes: int = 0
 
@@ -133,26 +134,23 @@ def write_blobs(
     new = 0
     finished: SimpleQueue[Future[_Done]] = SimpleQueue()
     with ThreadPoolExecutor(pace.workers, thread_name_prefix="quantmill") as pool:
-        # The largest first: no thread is left alone with one at the end.
-        order = sorted(plan.blobs, key=lambda blob: -blob.size)
-        uncommitted = {pool.submit(_finish_blob, job, blob) for blob in order}
         try:
-            for future in uncommitted:
-                future.add_done_callback(finished.put)
-            while uncommitted:
+            # The largest first: no thread is left alone with one at the end.
+            for blob in sorted(plan.blobs, key=lambda blob: -blob.size):
+                pool.submit(_finish_blob, job, blob).add_done_callback(finished.put)
+            while len(done) < len(plan.blobs):
                 # While these are synced and named the threads go on: what they finish meanwhile is
                 # the next batch.
                 futures = _all_of(finished)
                 batch = [future.result() for future in futures if not future.exception()]
-                new += _commit(store, journal, batch)
-                uncommitted -= set(futures)
+                new += _commit(job, batch)
                 done |= {one.blob.name: one for one in batch}
                 for future in futures:
                     future.result()  # what went wrong, once the others are safe
         finally:
             job.cancelled.set()
             pool.shutdown(wait=True, cancel_futures=True)
-            _discard(store, uncommitted)
+            store.discard(job.pending)
     checkpoint.check_unchanged()
     ordered = [done[blob.name] for blob in plan.blobs]
     counts = {name: n for one in ordered for name, n in one.non_finite.items()}
@@ -169,19 +167,17 @@ def _all_of(queue: SimpleQueue[Future[_Done]]) -> list[Future[_Done]]:
     return found
 
 
-def _commit(store: Store, journal: Journal, batch: list[_Done]) -> int:
+def _commit(job: _Job, batch: list[_Done]) -> int:
     """Give blobs their names and note them down; how many were new."""
     fresh = [one for one in batch if one.pending is not None]
-    new = store.commit(one.pending for one in fresh if one.pending is not None)
-    journal.add(Note(journal.key(one.blob), one.digest, one.size, one.non_finite) for one in fresh)
+    pending = [one.pending for one in fresh if one.pending is not None]
+    new = job.store.commit(pending)
+    with job.lock:
+        job.pending.difference_update(pending)
+    job.journal.add(
+        Note(job.journal.key(one.blob), one.digest, one.size, one.non_finite) for one in fresh
+    )
     return new
-
-
-def _discard(store: Store, futures: set[Future[_Done]]) -> None:
-    for future in futures:
-        if not future.cancelled() and future.exception() is None:
-            pending = future.result().pending
-            store.discard([pending] if pending else [])
 
 
 def _arithmetic(profile: str) -> Arithmetic:
@@ -225,6 +221,8 @@ def _write_blob(job: _Job, blob: BlobSpec) -> _Done:
                 non_finite[spec.name] = count
             job.advance(blob.name, 0, tensors=1)
         pending = writer.finish()
+        with job.lock:
+            job.pending.add(pending)
     return _Done(blob, pending.digest, pending.size, pending, non_finite)
 
 
