@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from checkpoints import FIXTURES, SMALL, fixture, load_arrays, write_checkpoint
 from fakes import finished
-from quantmill import mediatypes
+from quantmill import kernels, mediatypes
 from quantmill.creation import create
 from quantmill.errors import BadName, BadRequest, BadSource, BadTensorFile, Corrupt, NotFound
 from quantmill.formats import FORMAT_NAMES, Format, parse_format
@@ -387,6 +387,27 @@ def test_load_leaves_scales_as_they_are(small: Model) -> None:
 def test_dequantize_gives_plain_tensors_as_they_are(small: Model) -> None:
     """A plain tensor comes with its stored dtype."""
     assert same(small.dequantize("h.weight"), dense(4, 4, dtype=mx.float16))
+
+
+@pytest.mark.parametrize("kernels_there", [True, False], ids=["kernels", "mlx"])
+@pytest.mark.parametrize(
+    "folder", ["mlx-f16-affine-4bit-gs32", "mlx-nvfp4", "mlx-mxfp8", "mlx-qwen3-moe-4bit"]
+)
+def test_decoding_by_kernels_is_decoding_by_mlx(
+    folder: str, kernels_there: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`decode` and `dequantize` give MLX's values, by the kernels and without them."""
+    with open_model(fixture(folder)) as model:
+        name = next(n for n in model if model.params(n) is not None)
+        expected = model._dequantized(name, None)
+        if not kernels_there:
+            monkeypatch.setattr(kernels, "in_use", lambda: kernels.MLX)
+        assert same(model.dequantize(name), expected)
+        bits = expected.view(mx.uint16) if expected.dtype == mx.bfloat16 else expected
+        decoded = model.decode(name)
+        assert decoded.tobytes() == np.asarray(bits).tobytes()
+        assert decoded.shape == expected.shape
+        assert model.decode(name, 1).tobytes() == decoded[1].tobytes()
 
 
 @pytest.mark.parametrize("name", [Q, NORM])
