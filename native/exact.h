@@ -116,7 +116,9 @@ inline void pack_nibbles(const std::uint32_t* codes, int size, std::uint8_t* out
 template <class T>
 void exact_nvfp4(const Group<T>& group, float encode, std::uint8_t* codes, std::uint8_t* scale) {
     const float ratio = T::round(group.largest_magnitude() / e2m1_largest) * encode;
-    *scale = group.non_finite != 0 ? e4m3_largest : to_e4m3(ratio);
+    // 0 times an infinite factor is NaN; its sign is that of x86 arithmetic
+    const std::uint8_t byte = ratio == ratio ? to_e4m3(ratio) : std::uint8_t{0xFE};
+    *scale = group.non_finite != 0 ? e4m3_largest : byte;
     const float divisor = from_e4m3(*scale);
     std::uint32_t found[longest_group];
     for (int i = 0; i < group.size; ++i) {
