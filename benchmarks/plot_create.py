@@ -49,8 +49,9 @@ def main() -> None:
 
 def draw(axis: Any, sizes: list[float], values: list[float], name: str) -> None:
     """One line: quantmill's filled, others dashed."""
+    label = name.replace("create", "quantmill create").replace("1 workers", "1 worker")
     style = "-o" if name.startswith("create") else "--s"
-    axis.plot(sizes, values, style, markersize=4, label=name.replace("create", "quantmill create"))
+    axis.plot(sizes, values, style, markersize=4, label=label)
 
 
 if __name__ == "__main__":
