@@ -3,14 +3,15 @@
     python benchmarks/bench_floor.py CHECKPOINT RUNS
 
 Reads the checkpoint from the page cache in pieces, quantizes as many bytes to int4, hashes as many
-bytes as come out, and writes them to a new file without syncing it. Each step is the fastest of its
-runs. Called by bench_create.py.
+bytes as come out, and writes them to a new file without syncing it. Each step is the median of its
+runs, as the time of `create` is. Called by bench_create.py.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -60,12 +61,12 @@ def main() -> None:
         "read": read, "quantize": quantized, "hash": hashed, "write": written,
     }  # fmt: skip
     for name, step in steps.items():
-        seconds = float("inf")
+        seconds = []
         for _ in range(runs):
             started = time.perf_counter()
             step()
-            seconds = min(seconds, time.perf_counter() - started)
-        print(name, seconds)
+            seconds.append(time.perf_counter() - started)
+        print(name, statistics.median(seconds))
 
 
 if __name__ == "__main__":
