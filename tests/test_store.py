@@ -546,6 +546,16 @@ def test_a_disk_that_fills_up_on_the_manifest_keeps_the_old_one(store: Store) ->
     assert store.get_manifest(NAME).raw == before
 
 
+def test_hashing_what_is_no_file_is_corrupt(store: Store) -> None:
+    """A named pipe in a blob's place is refused: reading it would wait for ever."""
+    digest = put(store, b"abc")[0].digest
+    store.blob_path(digest).unlink()
+    os.mkfifo(store.blob_path(digest))
+    with pytest.raises(Corrupt, match="not a regular file"):
+        store.hash_blob(digest)
+    assert not store.holds(digest, 3)
+
+
 # -- company ---------------------------------------------------------------------------------------
 
 WRITE = "import sys; from quantmill.store import Store\nwith Store(sys.argv[1]).writing(): pass"

@@ -218,7 +218,7 @@ class Model:
         Plain tensors come as they are; `index` gives one element of the first axis, such as one
         expert of a stack. The values are those of MLX on a CPU. Raises NotFound.
         """
-        if self._params[self._weight(name).name] is None:
+        if self.params(name) is None:
             parts = self.parts(name)
             return (parts if index is None else parts.at(index)).weight
         found = self._decoded(name, index)
@@ -234,7 +234,7 @@ class Model:
 
         Many times faster where the native kernels work, since nothing passes through MLX.
         """
-        if self._params[self._weight(name).name] is None:
+        if self.params(name) is None:
             view = self.view(name)
             return view if index is None else view[index]
         found = self._decoded(name, index)

@@ -269,7 +269,8 @@ class Store:
                 os.close(fd)
 
     def hash_blob(self, digest: Digest) -> Digest:
-        """The digest that the bytes on disk really have."""
+        """The digest that the bytes on disk really have; raises NotFound or Corrupt."""
+        self.blob_size(digest)  # opening a named pipe would wait for a writer
         found, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK))
         path = self.blob_path(digest)
         with translated(path), path.open("rb", buffering=0) as file:
