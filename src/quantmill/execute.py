@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 
 from quantmill import mediatypes
-from quantmill.digests import Digest
 from quantmill.errors import BadRequest, BadWeights, QuantmillError
 from quantmill.formats import DTYPE_BYTES
 from quantmill.journal import Journal, Note
@@ -73,10 +72,8 @@ class _Done:
     """A blob that is whole: in a temporary file, or in the store from an earlier run."""
 
     blob: BlobSpec
-    digest: Digest
-    size: int
+    note: Note
     pending: Pending | None
-    non_finite: Mapping[str, int]
 
 
 @dataclass(slots=True)
@@ -153,8 +150,10 @@ def write_blobs(
             store.discard(job.pending)
     checkpoint.check_unchanged()
     ordered = [done[blob.name] for blob in plan.blobs]
-    counts = {name: n for one in ordered for name, n in one.non_finite.items()}
-    refs = tuple(BlobRef(mediatypes.TENSOR, d.digest, d.size, d.blob.name) for d in ordered)
+    counts = {name: n for one in ordered for name, n in one.note.non_finite.items()}
+    refs = tuple(
+        BlobRef(mediatypes.TENSOR, one.note.digest, one.note.size, one.blob.name) for one in ordered
+    )
     resumed = sum(one.pending is None for one in ordered)
     return Written(refs, new, resumed, dict(sorted(counts.items())))
 
@@ -174,9 +173,7 @@ def _commit(job: _Job, batch: list[_Done]) -> int:
     new = job.store.commit(pending)
     with job.lock:
         job.pending.difference_update(pending)
-    job.journal.add(
-        Note(job.journal.key(one.blob), one.digest, one.size, one.non_finite) for one in fresh
-    )
+    job.journal.add(one.note for one in fresh)
     return new
 
 
@@ -196,17 +193,18 @@ def _arithmetic(profile: str) -> Arithmetic:
 
 
 def _finish_blob(job: _Job, blob: BlobSpec) -> _Done:
-    note = job.journal.find(blob)
+    key = job.journal.key(blob)
+    note = job.journal.find(key, blob)
     if note is None:
-        return _write_blob(job, blob)
+        return _write_blob(job, blob, key)
     job.store.touch_blob(note.digest)
     tensors = job.checkpoint.source.tensors
     nbytes = sum(tensors[name].nbytes for spec in blob.tensors for name in spec.sources)
     job.advance(blob.name, nbytes, tensors=len(blob.tensors))
-    return _Done(blob, note.digest, note.size, None, note.non_finite)
+    return _Done(blob, note, None)
 
 
-def _write_blob(job: _Job, blob: BlobSpec) -> _Done:
+def _write_blob(job: _Job, blob: BlobSpec, key: str) -> _Done:
     non_finite: dict[str, int] = {}
     with job.store.new_blob() as writer:
         writer.write(blob.header)
@@ -223,7 +221,7 @@ def _write_blob(job: _Job, blob: BlobSpec) -> _Done:
         pending = writer.finish()
         with job.lock:
             job.pending.add(pending)
-    return _Done(blob, pending.digest, pending.size, pending, non_finite)
+    return _Done(blob, Note(key, pending.digest, pending.size, non_finite), pending)
 
 
 def _write_tensor(job: _Job, blob: BlobSpec, spec: TensorSpec, writer: BlobWriter) -> int:

@@ -48,9 +48,9 @@ class Journal:
         how = (options.profile, options.rounding, options.allow_non_finite)
         return digest_of(repr((_LAYOUT, self._plan.version, how, blob, files)).encode()).hex
 
-    def find(self, blob: BlobSpec) -> Note | None:
+    def find(self, key: str, blob: BlobSpec) -> Note | None:
         """The note on a blob that is there, read and found whole; None otherwise."""
-        note = self._notes.get(self.key(blob))
+        note = self._notes.get(key)
         if note is None or note.size != blob.size:
             return None
         if not self._store.holds(note.digest, note.size):
