@@ -19,7 +19,8 @@ MODULES = {p.stem: ast.parse(p.read_text(encoding="utf-8")) for p in SOURCE.glob
 LAYERS = [
     {"errors", "digests", "names", "formats", "strictjson", "mediatypes", "version"},
     {"tensorfile", "ggufheader", "source", "plans", "manifest", "modelfile"},
-    {"experts", "stacks", "classify", "policy", "packings", "planner", "modelconfig", "stored"}
+    {"experts", "stacks", "classify", "policy", "planner", "modelconfig", "stored"}
+    | {"coded", "floatcodes", "integercodes", "schemes", "prequantized"}
     | {"ggufnames", "ggufconfig", "gguftokenizer", "companions", "quantconfig", "quantparams"},
     {
         "files",
@@ -37,6 +38,9 @@ LAYERS = [
         "journal",
         "pacing",
         "transforms",
+        "coding",
+        "hub",
+        "hubfiles",
         "blas",
         "environment",
     },

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -13,6 +14,7 @@ from quantmill.errors import BadSource, BadTensorFile
 from quantmill.openfile import OpenFile
 from quantmill.source import (
     CONFIG,
+    DECIDING_TENSORS,
     DECIDING_TEXTS,
     INDEX,
     MAX_TEXT,
@@ -111,7 +113,16 @@ class Checkpoint:
             )
         texts = {n: self._text(n) for n in DECIDING_TEXTS if n in names}
         files = tuple(self._side_files(names, set(shards)))
-        return Source(config, tensors, files, ignored, texts)
+        values = {n: v for n, t in tensors.items() if (v := self._values(t)) is not None}
+        return Source(config, tensors, files, ignored, texts, values)
+
+    def _values(self, tensor: SourceTensor) -> tuple[int, ...] | None:
+        """The integers of a small tensor that describes others; None for any other tensor."""
+        kind = {"I64": "q", "I32": "i"}.get(tensor.dtype)
+        if not tensor.name.endswith(DECIDING_TENSORS) or kind is None or tensor.elements > 8:
+            return None
+        raw = self._files[tensor.file].read(tensor.start, tensor.nbytes)
+        return struct.unpack(f"<{tensor.elements}{kind}", raw)
 
     def _text(self, name: str) -> str:
         try:

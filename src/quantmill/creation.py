@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from quantmill import mediatypes, modelconfig, strictjson
-from quantmill.classify import classify, refuse_quantized
+from quantmill.classify import classify
 from quantmill.digests import Digest
 from quantmill.errors import BadPlan, BadRequest, BadSource, Corrupt, StoreError
 from quantmill.execute import Progress, Written, recorded_options, write_blobs
@@ -23,6 +23,9 @@ from quantmill.plans import Options, Plan
 from quantmill.source import Source
 from quantmill.store import Store
 from quantmill.version import __version__
+
+DECODED = "bf16"
+"""The word that asks for decoded weights which are not quantized again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,28 +51,54 @@ def plan(
     quantize: str | None = None,
     group_size: int | None = None,
     options: Options | None = None,
+    requantize: str | None = None,
     follow_links: bool = False,
 ) -> Plan:
     """Everything that `create` would do with this checkpoint directory, and nothing done.
 
     `quantize` names a format, None keeps source precision; `group_size` replaces the format's own.
-    Reads headers and small files only. Raises BadSource, BadRequest and BadPlan as `create` does.
+    `requantize` does the same to weights that are quantized already, which are decoded first;
+    "bf16" only decodes them. Reads headers and small files only. Raises BadSource, BadRequest and
+    BadPlan as `create` does.
     """
-    parse_request(quantize, group_size)  # a wrong word is told before anything is opened
+    request = Request(quantize, group_size, requantize)
     with open_source(source, follow_links=follow_links) as checkpoint:
-        return plan_for(checkpoint.source, quantize, group_size, options)
+        return plan_for(checkpoint.source, request, options)
 
 
-def plan_for(
-    source: Source,
-    quantize: str | None = None,
-    group_size: int | None = None,
-    options: Options | None = None,
-) -> Plan:
+@dataclass(frozen=True, slots=True)
+class Request:
+    """The format asked for: of float weights, or, after decoding, of quantized ones.
+
+    A wrong word is told here, before anything is opened: raises BadRequest.
+    """
+
+    quantize: str | None = None
+    group_size: int | None = None
+    requantize: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.requantize is not None and self.quantize:
+            raise BadRequest("--quantize and --requantize exclude each other", hint="give one")
+        parse_request(self.word, self.group_size)
+
+    @property
+    def decode(self) -> bool:
+        """Whether quantized weights shall be decoded."""
+        return self.requantize is not None
+
+    @property
+    def word(self) -> str | None:
+        """The name of the format, None for numbers as they are."""
+        if self.requantize is None:
+            return self.quantize
+        return None if self.requantize.strip().lower() == DECODED else self.requantize
+
+
+def plan_for(source: Source, request: Request, options: Options | None = None) -> Plan:
     """The plan for a source whose headers are read already."""
-    kind = classify(source, quantize, group_size)
-    refuse_quantized(source)
-    return make_plan(source, kind, options, version=__version__)
+    kind = classify(source, request.word, request.group_size, decode=request.decode)
+    return make_plan(source, kind, options, version=__version__, decode=request.decode)
 
 
 def create(
@@ -80,6 +109,7 @@ def create(
     quantize: str | None = None,
     group_size: int | None = None,
     options: Options | None = None,
+    requantize: str | None = None,
     modelfile: Modelfile | None = None,
     device: str = "cpu",
     workers: int | None = None,
@@ -102,11 +132,11 @@ def create(
     """
     target = as_name(name)
     store = store or Store()
-    parse_request(quantize, group_size)
+    request = Request(quantize, group_size, requantize)
     options = on_device(device, options or Options())
     with open_source(source, follow_links=follow_links) as checkpoint:
         found = checkpoint.source
-        decided = plan_for(found, quantize, group_size, options)
+        decided = plan_for(found, request, options)
         config = _config(decided, found, modelfile)
         side_files = list(_side_files(checkpoint, decided))
         chosen = pace(decided, workers, memory)

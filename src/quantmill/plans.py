@@ -16,10 +16,20 @@ STACK = "stack_experts"
 CAST = "cast_bf16"
 REPACK_FP4 = "repack_fp4"
 RELABEL_U8 = "relabel_u8"
+REPACK_FP8 = "repack_fp8"
 SCALAR_F32 = "scalar_f32"
+MLX_GLOBAL_F32 = "mlx_global_f32"
 RECIPROCAL_F32 = "reciprocal_f32"
 DECODE_FP8 = "decode_fp8"
 DECODE_STACK_FP8 = "decode_stack_fp8"
+DECODE = "decode"
+RECODE = "recode"
+
+COPYING = frozenset({None, STACK, REPACK_FP4, REPACK_FP8, RELABEL_U8, SCALAR_F32})
+"""Transforms that leave the bytes alone: they name dtype and shape anew, or put bytes in a row."""
+
+DECODING = frozenset({DECODE_FP8, DECODE_STACK_FP8, DECODE})
+"""Transforms that turn codes into numbers, as the spec's `coding` says."""
 
 
 CPU_PROFILE = "mlx-cpu"
@@ -51,12 +61,46 @@ class Options:
     allow_non_finite: bool = False
 
 
+# What a source tensor is to a coded weight.
+CODES, SCALE, ZERO, BIAS = "codes", "scale", "zero", "bias"
+GLOBAL, COLUMNS, INDEX, SHAPE = "global scale", "column factors", "group index", "shape"
+
+
+# What a global scale does to the numbers it belongs to (docs/formats.md).
+MULTIPLIES, DIVIDES, MLX_GLOBAL = "multiplies", "divides", "mlx"
+
+
+@dataclass(frozen=True, slots=True)
+class Coding:
+    """How a source stores the numbers of a weight: all that decoding must know besides the bytes.
+
+    `roles` says what each source of the spec is, a stack's members one after the other within each
+    role. `element` is what a code stands for (docs/formats.md): `uint` less a zero point, `int`,
+    `e2m1` or `e4m3`. `layout` is how codes of `bits` bits lie: a row of the weight after the other,
+    as a `stream` of bits or whole codes in 32-bit `words`, or in the order of `gptq`, `awq` or
+    `nibble_rows` (coding.py). `block` rows and columns share a scale; 0 is all of them. `zero` is
+    the zero point where no tensor holds one, `zero_offset` is added to those a tensor holds.
+    `global_scale` is the meaning of a global scale: it MULTIPLIES, DIVIDES, or is MLX's own number.
+    """
+
+    roles: tuple[str, ...]
+    element: str
+    layout: str
+    bits: int
+    block: tuple[int, int]
+    zero: int = 0
+    zero_offset: int = 0
+    global_scale: str = "multiplies"
+
+
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
     """One tensor to write.
 
     `dtype` and `shape` are those after `transform` and before quantization. `format` None keeps
-    them. `rule` and `reason` say why.
+    them. `rule` and `reason` say why. `scheme` is how the source stores the weight, "" for plain
+    floats; `coding` is how to read it where that is not by copying. With the transform RECODE the
+    codes become those of `format` without loss, and `dtype` is that of scales and biases.
     """
 
     name: str
@@ -68,6 +112,8 @@ class TensorSpec:
     rule: str
     reason: str
     global_scale: bool = False
+    scheme: str = ""
+    coding: Coding | None = None
 
     @property
     def elements(self) -> int:

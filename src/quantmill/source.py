@@ -18,8 +18,11 @@ MODEL_INDEX = "model_index.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 
-DECIDING_TEXTS = (CONFIG, TOKENIZER_CONFIG, CHAT_TEMPLATE)
+DECIDING_TEXTS = (CONFIG, TOKENIZER_CONFIG, CHAT_TEMPLATE, QUANTIZATION_CONFIG)
 """Side files whose content decides something (`Source.texts`)."""
+
+DECIDING_TENSORS = (".weight_shape",)
+"""Endings of tensors whose few integers decide something (`Source.values`)."""
 
 MAX_TEXT = 64 * 2**20
 """Largest side file that is read or kept; real tokenizers stay far below."""
@@ -64,7 +67,8 @@ class Source:
     """Everything decisions may depend on; no weight data.
 
     `tensors` is sorted by name. `ignored` are tensors that lie in a shard but not in the index.
-    `texts` holds the few small files whose content decides something (config.json, chat templates).
+    `texts` holds the few small files whose content decides something (config.json, chat templates),
+    `values` the integers of small tensors that describe others.
     """
 
     config: Mapping[str, Any]
@@ -72,6 +76,7 @@ class Source:
     files: tuple[SourceFile, ...] = ()
     ignored: tuple[SourceTensor, ...] = ()
     texts: Mapping[str, str] = field(default_factory=dict)
+    values: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -83,4 +88,5 @@ class Source:
         """Changes whenever a name, dtype, shape, place, config or side file changes."""
         tensors = [[t.name, t.dtype, t.shape, t.file, t.start] for t in self.tensors.values()]
         files = [[f.name, f.size, f.media_type] for f in self.files]
-        return digest_of(strictjson.canonical([dict(self.config), tensors, files]))
+        said = [self.texts.get(QUANTIZATION_CONFIG, ""), self.values]
+        return digest_of(strictjson.canonical([dict(self.config), tensors, files, said]))
