@@ -30,6 +30,7 @@ from quantmill.arguments import (
     ProfileOption,
     QuantizeOption,
     QuietOption,
+    RequantizeOption,
     RestartOption,
     Rounding,
     RoundingOption,
@@ -94,6 +95,7 @@ def create(
         Path | None, typer.Argument(metavar="[SOURCE]", help="Checkpoint directory.")
     ] = None,
     quantize: QuantizeOption = None,
+    requantize: RequantizeOption = None,
     group_size: GroupOption = None,
     tensor: TensorOption = None,
     modelfile: Annotated[
@@ -130,6 +132,7 @@ def create(
             folder,
             store=_store(store),
             quantize=quantize,
+            requantize=requantize,
             group_size=group_size,
             options=options,
             modelfile=parsed,
@@ -173,6 +176,7 @@ def _refuse_two_sources(source: Path, folder: Path) -> None:
 def plan(
     source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Checkpoint directory.")],
     quantize: QuantizeOption = None,
+    requantize: RequantizeOption = None,
     group_size: GroupOption = None,
     tensor: TensorOption = None,
     profile: ProfileOption = Profile.MLX_CPU,
@@ -190,6 +194,7 @@ def plan(
     planned = creation.plan(
         source,
         quantize=quantize,
+        requantize=requantize,
         group_size=group_size,
         options=options,
         follow_links=follow_links,

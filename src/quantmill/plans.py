@@ -100,7 +100,9 @@ class TensorSpec:
     `dtype` and `shape` are those after `transform` and before quantization. `format` None keeps
     them. `rule` and `reason` say why. `scheme` is how the source stores the weight, "" for plain
     floats; `coding` is how to read it where that is not by copying. With the transform RECODE the
-    codes become those of `format` without loss, and `dtype` is that of scales and biases.
+    codes become those of `format` without loss, and `dtype` is that of scales and biases. Codes
+    that are copied are in the format that `keeps` names, and have their scales in specs of their
+    own, by `role`.
     """
 
     name: str
@@ -114,11 +116,22 @@ class TensorSpec:
     global_scale: bool = False
     scheme: str = ""
     coding: Coding | None = None
+    keeps: Format | None = None
+    role: str = CODES
 
     @property
     def elements(self) -> int:
-        """Number of weights."""
+        """Number of elements before quantization."""
         return math.prod(self.shape)
+
+    @property
+    def weights(self) -> int:
+        """Number of weights; scales and biases of other specs stand for none."""
+        if self.role != CODES:
+            return 0
+        if self.keeps is None:
+            return self.elements
+        return math.prod(self.shape[:-1]) * self.keeps.columns(self.shape[-1])
 
     @property
     def stored(self) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
@@ -205,7 +218,7 @@ class Plan:
     @property
     def bits_per_weight(self) -> float:
         """Stored bits of data per weight, everything included."""
-        weights = sum(t.elements for t in self.tensors)
+        weights = sum(t.weights for t in self.tensors)
         return 8 * sum(t.nbytes for t in self.tensors) / weights if weights else 0.0
 
 

@@ -101,6 +101,7 @@ def _part(name: str, role: str, members: Sequence[Coded], *, stack: bool) -> Ten
     return TensorSpec(
         name + _SUFFIX[role], tuple(m.parts[role].name for m in members), transform, dtype, shape,
         None, _RULE, f"{first.scheme}, copied without loss", scheme=first.scheme,
+        keeps=first.format if role == CODES else None, role=role,
     )  # fmt: skip
 
 
