@@ -61,7 +61,7 @@ def classify(
         if asked:
             raise _requantize(packed, asked, "requantize_prequantized")
         return Kind(PREQUANTIZED, _shared_format(source, recorded.get("quant_type")))
-    fp8 = _first(tensors, lambda t: t.name.endswith(".weight") and t.dtype in FP8_E4M3_DTYPES)
+    fp8 = _first(tensors, lambda t: _is_fp8_weight(t, tensors))
     if fp8:
         if asked and not decode:
             raise _requantize(fp8, asked, "requantize_fp8")
@@ -78,6 +78,13 @@ def classify(
             hint="use --quantize",
         )
     return Kind(FLOAT, asked)
+
+
+def _is_fp8_weight(tensor: SourceTensor, tensors: Mapping[str, SourceTensor]) -> bool:
+    """Whether this is a weight of FP8 codes; stacks of experts may lack `.weight`."""
+    if tensor.dtype not in FP8_E4M3_DTYPES:
+        return False
+    return tensor.name.endswith(".weight") or f"{tensor.name}_scale_inv" in tensors
 
 
 def _is_blocked(weight: SourceTensor, tensors: Mapping[str, SourceTensor]) -> bool:

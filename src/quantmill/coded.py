@@ -64,7 +64,7 @@ class Coded:
     @property
     def is_fp8(self) -> bool:
         """Whether the codes are 8-bit floats that no MLX format holds as they are."""
-        return self.coding.element == "e4m3" and not self.copied
+        return self.coding.element == "e4m3" and self.format is None
 
     @property
     def layout(self) -> tuple[object, ...]:

@@ -89,20 +89,24 @@ def numbers(
     """The weight as elements of `spec.dtype`, in pieces of whole rows and about `nbytes` bytes."""
     assert spec.coding is not None
     for matrix, rows in _pieces(spec, sources, read, nbytes):
-        values = matrix.numbers(rows, spec.dtype)
+        values = matrix.numbers(rows)
         yield from_float32(values.reshape(-1), spec.dtype).data
 
 
 def recoded(
     spec: TensorSpec, sources: Sequence[SourceTensor], read: Read, nbytes: int
 ) -> Iterator[Quantized]:
-    """The weight in an affine format with the codes and scales that it has.
+    """The weight in a format of MLX's with the codes and scales that it has.
 
-    Scales are repeated where they serve more than a group of the format; biases are zero points
-    times scales, rounded to `spec.dtype`. Raises BadWeights for columns in an order of their own.
+    Scales are repeated where they serve more than a group of the format; biases of affine formats
+    are zero points times scales, rounded to `spec.dtype`. Raises BadWeights for columns in an order
+    of their own.
     """
     assert spec.format is not None
     for matrix, rows in _pieces(spec, sources, read, nbytes):
+        if not spec.format.has_bias:
+            yield _as_mxfp8(rows, spec.format.group_size)
+            continue
         matrix.check_order(spec.name)
         zero = rows.zero
         signed = matrix.coding.element == "int"
@@ -123,6 +127,14 @@ def recoded(
             _bytes(np.repeat(scales, times, axis=1)).data,
             _bytes(np.repeat(biases.view(scales.dtype).reshape(product.shape), times, axis=1)).data,
         )
+
+
+def _as_mxfp8(rows: Rows, group_size: int) -> Quantized:
+    """FP8 codes with a power of two for each of their groups."""
+    groups = np.arange(rows.codes.shape[1] // group_size) * group_size
+    serving = groups // rows.group if rows.group else np.zeros_like(groups)
+    scales = np.broadcast_to(rows.scale, (rows.codes.shape[0], rows.scale.shape[1]))
+    return Quantized(_bytes(rows.codes).data, _bytes(scales[:, serving]).data, None)
 
 
 def held_bytes(spec: TensorSpec) -> int:
@@ -188,9 +200,8 @@ class _Matrix:
             self.coding.block[1],
         )
 
-    def numbers(self, rows: Rows, dtype: str) -> Floats:
-        """What the codes decode to, in float32; with biases rounded as MLX does on a CPU."""
-        coding = self.coding
+    def numbers(self, rows: Rows) -> Floats:
+        """What the codes decode to, in float32."""
         values = self._elements(rows.codes)
         if rows.zero is not None:
             values -= self._spread(rows.zero.astype(np.float32), rows)
@@ -198,11 +209,9 @@ class _Matrix:
         values *= self._spread(scale, rows)
         if rows.bias is not None:
             bias = to_float32(_bytes(rows.bias), rows.scale_dtype).reshape(rows.bias.shape)
-            values = to_float32(from_float32(values, dtype), dtype).reshape(values.shape)
             values += self._spread(bias, rows)
         if self._columns is not None:
             values *= self._columns
-        assert coding.bits <= 8
         return values
 
     def check_order(self, name: str) -> None:
@@ -250,6 +259,11 @@ class _Matrix:
             return values[:, self._index]
         return np.repeat(values, rows.group, axis=1)[:, :columns]
 
+    @property
+    def _groups(self) -> int:
+        """Groups of a row; AWQ's gemv fills rows of scales up with zeros."""
+        return -(-self._shape[1] // self.coding.block[1])
+
     # -- codes -----------------------------------------------------------------------------------
 
     def _codes_of(self, first: int, last: int) -> npt.NDArray[np.uint8]:
@@ -286,7 +300,7 @@ class _Matrix:
         stored = -(-self._shape[0] // height)
         raw = self._raw_rows(role, first // height, -(-last // height), stored).view(kind)
         if height == 1:
-            return raw
+            return raw[:, : self._groups] if self.coding.layout == "gemv" else raw
         return raw[np.arange(first, last) // height - first // height]
 
     def _transposed_scale(self) -> Array:
@@ -314,6 +328,8 @@ class _Matrix:
             found = unpack(words.view(np.uint8), coding.bits, rows).T.astype(np.int32)
         elif coding.layout == "awq":
             found = _awq(words).T.astype(np.int32)
+        elif coding.layout == "gemv":
+            found = unpack(words.view(np.uint8), coding.bits, self._groups).astype(np.int32)
         else:  # down the columns, in the layout of the codes
             down = np.ascontiguousarray(words.T).view(np.uint8)
             found = self._row_codes(down, rows).T.astype(np.int32)
@@ -361,7 +377,8 @@ def unpack(raw: npt.NDArray[np.uint8], bits: int, count: int) -> npt.NDArray[np.
         return np.stack([raw & 15, raw >> 4], axis=-1).reshape(raw.shape[0], -1)[:, :count]
     stream = np.unpackbits(raw, axis=1, count=count * bits, bitorder="little")
     codes = stream.reshape(raw.shape[0], count, bits)
-    return np.packbits(codes, axis=-1, bitorder="little").reshape(raw.shape[0], count)
+    found: npt.NDArray[np.uint8] = np.packbits(codes, axis=-1, bitorder="little")
+    return found.reshape(raw.shape[0], count)
 
 
 def unpack_words(words: npt.NDArray[np.uint32], bits: int, count: int) -> npt.NDArray[np.uint8]:
@@ -378,8 +395,9 @@ def pack(codes: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
     if bits == 4:
         return (codes[:, 0::2] | (codes[:, 1::2] << 4)).reshape(-1)
     stream = np.unpackbits(codes[..., None], axis=-1, count=bits, bitorder="little")
-    words = np.packbits(stream.reshape(codes.shape[0], -1), axis=1, bitorder="little")
-    return words.reshape(-1)
+    found: npt.NDArray[np.uint8]
+    found = np.packbits(stream.reshape(codes.shape[0], -1), axis=1, bitorder="little")
+    return found.reshape(-1)
 
 
 def _awq(words: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint8]:

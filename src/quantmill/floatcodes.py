@@ -33,8 +33,10 @@ def read_float4(found: Found) -> Coded:
     groups = scale.shape[-1] if scale.shape else 0
     is_nv = scale.dtype in FP8_E4M3_DTYPES or groups * 16 == columns
     fmt = NVFP4 if is_nv else MXFP4
-    check_shape(name, scale, (*leading, columns // fmt.group_size))
-    if columns % fmt.group_size or not leading or not columns:
+    # W4A8_NVFP4_FP8 has scales of NVFP4's kind for 32 columns each
+    size = 32 if is_nv and groups * 32 == columns else fmt.group_size
+    check_shape(name, scale, (*leading, columns // size))
+    if columns % size or not leading or not columns:
         raise BadSource(f"tensor {codes.name!r} of shape {list(codes.shape)} holds no whole words")
     parts = {CODES: codes, SCALE: scale}
     divides = codes.name.endswith(".weight_packed")
@@ -53,11 +55,11 @@ def read_float4(found: Found) -> Coded:
         raise BadSource(f"{name!r}: {total.name!r} does not go with mxfp4 scales")
     with_factors(found, parts, columns)
     coding = Coding(
-        tuple(parts), "e2m1", "stream", 4, (1, fmt.group_size),
+        tuple(parts), "e2m1", "stream", 4, (1, size),
         global_scale=DIVIDES if divides and is_nv else MULTIPLIES,
     )  # fmt: skip
     metadata = _nvfp4_metadata(found, divides) if is_nv else fmt.metadata()
-    lossless = COLUMNS not in parts
+    lossless = COLUMNS not in parts and size == fmt.group_size
     return Coded(
         name, f"{family_of(found)} {fmt.name}", parts, coding, (*leading, columns), "BF16",
         fmt if lossless else None, lossless, metadata, unused_parts(found),
@@ -107,7 +109,12 @@ def read_fp8(found: Found) -> Coded:
     with_factors(found, parts, columns)
     what = {(0, 0): "tensor", (1, 0): "channel"}.get(block, f"block {block[0]}x{block[1]}")
     coding = Coding(tuple(parts), "e4m3", "stream", 8, block)
-    return Coded(codes.name, f"FP8 per {what}", parts, coding, codes.shape, "BF16", unused=unused)
+    # powers of two that serve whole groups of 32 columns: the codes are mxfp8's as they are
+    powers = scale.dtype == "F8_E8M0" and COLUMNS not in parts
+    fmt = MXFP8 if powers and block[1] % 32 == 0 and columns % 32 == 0 else None
+    return Coded(
+        codes.name, f"FP8 per {what}", parts, coding, codes.shape, "BF16", fmt, unused=unused
+    )
 
 
 def _fp8_block(found: Found) -> tuple[int, int]:

@@ -167,6 +167,8 @@ def read_transposed(found: Found) -> Coded:
     zeros = found.part(".qzeros")
     if any(len(t.shape) != 2 for t in (codes, scale, zeros or scale)) or not scale.elements:
         raise _no_layout(found)
+    if _is_gemv(found, zeros):
+        return _gemv(found, zeros)
     groups, outputs = scale.shape
     is_gptq = codes.shape[1] == outputs
     bits = 4 if zeros is None else zeros.shape[1] * 32 // outputs
@@ -191,6 +193,39 @@ def read_transposed(found: Found) -> Coded:
     return _integers(found, method.upper(), parts, coding, (outputs, inputs))
 
 
+def _is_gemv(found: Found, zeros: SourceTensor | None) -> bool:
+    """Whether rows are outputs, as in AWQ's packing for single rows of inputs."""
+    stated = _stated_packing(found)
+    if zeros is None or stated not in {"", "gemv"}:
+        return False
+    outputs = found.codes.shape[0]
+    fits = zeros.shape[0] == outputs and found.scale.shape == (outputs, zeros.shape[1] * 8)
+    # GPTQ's shapes may fit as well
+    return fits and (stated == "gemv" or found.codes.shape[1] != found.scale.shape[1])
+
+
+def _stated_packing(found: Found) -> str:
+    entries = quantization_entries(found.source.config)
+    return next((str(e["version"]).lower() for e in entries if e.get("version")), "")
+
+
+def _gemv(found: Found, zeros: SourceTensor | None) -> Coded:
+    """Codes in plain order along rows; scales and zero points filled up with zeros."""
+    assert zeros is not None
+    _check_method(found, "awq", 4, "gemv")
+    outputs, inputs = found.codes.shape[0], found.codes.shape[1] * 8
+    sizes = [
+        e.get("group_size", e.get("q_group_size"))
+        for e in quantization_entries(found.source.config)
+    ]
+    size = next((inputs if n == -1 else n for n in sizes if type(n) is int and n), 0)
+    if size <= 0 or -(-inputs // size) > found.scale.shape[1]:
+        raise contradiction(f"groups of {size}", found.scale)
+    parts = {CODES: found.codes, SCALE: found.scale, ZERO: zeros}
+    coding = Coding(tuple(parts), "uint", "gemv", 4, (1, size))
+    return _integers(found, "AWQ", parts, coding, (outputs, inputs))
+
+
 def _no_layout(found: Found) -> BadSource:
     shapes = f"{found.codes.name!r} {list(found.codes.shape)}, scales {list(found.scale.shape)}"
     zeros = found.part(".qzeros")
@@ -198,7 +233,7 @@ def _no_layout(found: Found) -> BadSource:
         f"{shapes}, zero points {list(zeros.shape) if zeros else 'none'}: this is neither the "
         "layout of GPTQ nor that of AWQ (gemm)",
         kind="bad_relation",
-        hint="AWQ's gemv and marlin packings are not read; start from the original checkpoint",
+        hint="AWQ's gemv_fast and marlin packings are not read; start from the original checkpoint",
     )
 
 
@@ -232,7 +267,7 @@ def _gptq_version(found: Found) -> int:
     return 1
 
 
-def _check_method(found: Found, method: str, bits: int) -> None:
+def _check_method(found: Found, method: str, bits: int, packing: str = "gemm") -> None:
     """Raise BadSource where the config names another method, width or packing."""
     allowed = {"gptq": GPTQ, "awq": AWQ}[method]
     if found.method and found.method not in allowed:
@@ -242,9 +277,9 @@ def _check_method(found: Found, method: str, bits: int) -> None:
         several = entry.get("dynamic") or entry.get("extra_config")
         if type(stated) is int and stated != bits and not several:
             raise contradiction(f"{stated} bits", found.codes)
-        packing = str(entry.get("version") or "gemm").lower()
-        if method == "awq" and packing != "gemm":
-            raise contradiction(f"the packing {packing}", found.codes)
+    stated_packing = _stated_packing(found)
+    if method == "awq" and stated_packing not in {"", packing}:
+        raise contradiction(f"the packing {stated_packing}", found.codes)
 
 
 def _with_index(found: Found, parts: dict[str, SourceTensor], columns: int, ending: str) -> None:
@@ -288,7 +323,11 @@ def _is_ordered_by_activation(source: Source) -> bool:
     """Whether columns may belong to any group; True unless the config denies it."""
     for entry in quantization_entries(source.config):
         if "desc_act" in entry:
-            return entry["desc_act"] is not False or bool(entry.get("dynamic"))
+            rules = entry.get("dynamic")
+            own = rules.values() if isinstance(rules, dict) else ()
+            if any(isinstance(rule, dict) and rule.get("desc_act") for rule in own):
+                return True
+            return entry["desc_act"] is not False and entry.get("static_groups") is not True
     return True
 
 

@@ -22,7 +22,7 @@ from quantmill.manifest import BlobRef, Manifest
 from quantmill.model import Located, Model
 from quantmill.modelconfig import DRAFT_FILE_PREFIX, DRAFT_TENSOR_PREFIX
 from quantmill.names import ModelName, as_name
-from quantmill.quantconfig import read_quant_config
+from quantmill.quantconfig import read_quant_config, without_foreign
 from quantmill.source import CONFIG, MODEL_INDEX, QUANTIZATION_CONFIG
 from quantmill.store import Store
 from quantmill.tensorfile import TensorFile
@@ -107,7 +107,7 @@ def _from_manifest(
         return store.read_blob(files[name].digest, MAX_JSON)
 
     index = read(MODEL_INDEX) if MODEL_INDEX in files else b"{}"
-    return _model(where, tensors, read, list(files), part.files, index)
+    return _model(where, tensors, read, list(files), part.files, index, stored=True)
 
 
 def _header(where: str, store: Store, ref: BlobRef, bad: Set[Digest]) -> TensorFile:
@@ -189,6 +189,8 @@ def _model(
     files: Sequence[str],
     prefix: str,
     model_index: bytes,
+    *,
+    stored: bool = False,
 ) -> Model:
     def document(name: str, data: bytes) -> dict[str, Any]:
         try:
@@ -200,5 +202,7 @@ def _model(
         return document(name, read(prefix + name)) if prefix + name in files else {}
 
     config = beside(CONFIG)
-    said = (config, beside(QUANTIZATION_CONFIG), document(MODEL_INDEX, model_index))
+    # an imported model keeps its config.json, which speaks of packings that are never stored
+    about = without_foreign(config) if stored else config
+    said = (about, beside(QUANTIZATION_CONFIG), document(MODEL_INDEX, model_index))
     return Model(where, tensors, config, read, files, read_quant_config(*said))

@@ -77,10 +77,11 @@ class Coding:
     `roles` says what each source of the spec is, a stack's members one after the other within each
     role. `element` is what a code stands for (docs/formats.md): `uint` less a zero point, `int`,
     `e2m1` or `e4m3`. `layout` is how codes of `bits` bits lie: a row of the weight after the other,
-    as a `stream` of bits or whole codes in 32-bit `words`, or in the order of `gptq`, `awq` or
-    `nibble_rows` (coding.py). `block` rows and columns share a scale; 0 is all of them. `zero` is
-    the zero point where no tensor holds one, `zero_offset` is added to those a tensor holds.
-    `global_scale` is the meaning of a global scale: it MULTIPLIES, DIVIDES, or is MLX's own number.
+    as a `stream` of bits or whole codes in 32-bit `words`, or in the order of `gptq`, `awq`,
+    `gemv` or `nibble_rows` (coding.py). `block` rows and columns share a scale; 0 is all of them.
+    `zero` is the zero point where no tensor holds one, `zero_offset` is added to those a tensor
+    holds. `global_scale` is the meaning of a global scale: it MULTIPLIES, DIVIDES, or is MLX's own
+    number.
     """
 
     roles: tuple[str, ...]
