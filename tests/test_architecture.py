@@ -20,7 +20,7 @@ LAYERS = [
     {"errors", "digests", "names", "formats", "strictjson", "mediatypes", "version"},
     {"tensorfile", "ggufheader", "source", "plans", "manifest", "modelfile"},
     {"experts", "stacks", "classify", "policy", "planner", "modelconfig", "stored"}
-    | {"coded", "floatcodes", "integercodes", "schemes", "prequantized"}
+    | {"coded", "floatcodes", "integercodes", "schemes", "prequantized", "hubfiles"}
     | {"ggufnames", "ggufconfig", "gguftokenizer", "companions", "quantconfig", "quantparams"},
     {
         "files",
@@ -40,7 +40,6 @@ LAYERS = [
         "transforms",
         "coding",
         "hub",
-        "hubfiles",
         "blas",
         "environment",
     },

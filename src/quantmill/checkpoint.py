@@ -320,7 +320,8 @@ def refuse_link_outside(folder: Path, path: Path, name: str, follow_links: bool)
         raise _cannot_open(name, error) from None
     allowed = [home]
     if home.parent.name == "snapshots":  # a download cache keeps every file as a link to its blobs
-        allowed.append((home.parent.parent / "blobs").resolve())
+        # its own repository's, or since huggingface_hub 2 those that all repositories share
+        allowed += [(above / "blobs").resolve() for above in home.parents[1:3]]
     if follow_links or any(target.is_relative_to(root) for root in allowed):
         return
     raise BadSource(

@@ -393,11 +393,10 @@ def pack(codes: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
     if bits == 8:
         return np.ascontiguousarray(codes).reshape(-1)
     if bits == 4:
-        return (codes[:, 0::2] | (codes[:, 1::2] << 4)).reshape(-1)
+        return (codes[:, 0::2] | (codes[:, 1::2] << np.uint8(4))).reshape(-1)
     stream = np.unpackbits(codes[..., None], axis=-1, count=bits, bitorder="little")
-    found: npt.NDArray[np.uint8]
-    found = np.packbits(stream.reshape(codes.shape[0], -1), axis=1, bitorder="little")
-    return found.reshape(-1)
+    words = np.packbits(stream.reshape(codes.shape[0], -1), axis=1, bitorder="little")
+    return _bytes(words)
 
 
 def _awq(words: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint8]:

@@ -130,7 +130,11 @@ def _fp8_block(found: Found) -> tuple[int, int]:
     inverse = scale.name.endswith(FP8_SCALES[0])
     if stated is not None and inverse:
         raise _no_block(codes, scale, expected)
-    if shape in {(), (*leading, 1, 1)} or (shape == (1,) and not inverse):
+    if (
+        shape == ()
+        or (stated is None and shape == (*leading, 1, 1))
+        or (shape == (1,) and not inverse)
+    ):
         return 0, 0
     if shape in {(*leading, rows, 1), (*leading, rows)}:
         return 1, 0
