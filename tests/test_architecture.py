@@ -20,6 +20,7 @@ LAYERS = [
     {"errors", "digests", "names", "formats", "strictjson", "mediatypes", "version"},
     {"tensorfile", "ggufheader", "source", "plans", "manifest", "modelfile"},
     {"experts", "stacks", "classify", "policy", "packings", "planner", "modelconfig", "stored"}
+    | {"pipelines"}
     | {"ggufnames", "ggufconfig", "gguftokenizer", "companions", "quantconfig", "quantparams"},
     {
         "files",
@@ -28,6 +29,8 @@ LAYERS = [
         "checkpoint",
         "ggufsource",
         "opening",
+        "parts",
+        "components",
         "weights",
         "elements",
         "kernels",

@@ -112,6 +112,14 @@ NonFiniteOption = Annotated[
 LinksOption = Annotated[
     bool, typer.Option("--follow-links", help="Read links that lead out of the checkpoint.")
 ]
+ComponentOption = Annotated[
+    str | None,
+    typer.Option(
+        "--component",
+        metavar="COMPONENT",
+        help="One part of a model: text_encoder, transformer, vae, draft.",
+    ),
+]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", autocompletion=_complete_name)]
 OptionalNameArgument = Annotated[

@@ -126,10 +126,8 @@ class Checkpoint:
         config = self._json(CONFIG, "invalid_config") if CONFIG in names else {}
         weight_map = self._weight_map(names)
         choose = self._layout.shards
-        if weight_map:
-            shards = sorted(set(weight_map.values()))
-        else:
-            shards = choose(names) if choose else []
+        unindexed = choose(names) if choose and not weight_map else []
+        shards = sorted(set(weight_map.values())) or unindexed
         tensors, ignored = self._tensors(shards, weight_map)
         if not tensors and choose:
             raise BadSource(

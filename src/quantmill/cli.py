@@ -15,6 +15,7 @@ import typer
 
 from quantmill import conversation, terminal
 from quantmill.arguments import (
+    ComponentOption,
     Device,
     DeviceOption,
     GlobalScaleOption,
@@ -349,6 +350,7 @@ def export(
     name: NameArgument,
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A directory not there yet.")],
     to: Annotated[str, typer.Option("--to", metavar="mlx-lm|hf", help="Layout.")] = "mlx-lm",
+    component: ComponentOption = None,
     store: StoreOption = None,
     json_output: JsonOption = False,
 ) -> None:
@@ -357,7 +359,7 @@ def export(
     from quantmill.export import export as write
     from quantmill.load import open_model
 
-    with open_model(name, store=_store(store)) as model:
+    with open_model(name, component=component, store=_store(store)) as model:
         written = write(model, folder, to)
     if json_output:
         terminal.print_json(report.exported_json(written))

@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from quantmill import mediatypes, modelconfig, strictjson
-from quantmill.classify import classify, refuse_quantized
+from quantmill import mediatypes, modelconfig, pipelines, strictjson
+from quantmill.classify import Kind, classify, refuse_quantized
 from quantmill.digests import Digest
 from quantmill.errors import BadPlan, BadRequest, BadSource, Corrupt, StoreError
 from quantmill.execute import Progress, Written, recorded_options, write_blobs
@@ -18,9 +18,10 @@ from quantmill.modelfile import Modelfile, decode_modelfile, parse_modelfile
 from quantmill.names import ModelName, as_name
 from quantmill.opening import OpenSource, open_source
 from quantmill.pacing import pace
-from quantmill.planner import make_plan
+from quantmill.parts import naming
+from quantmill.planner import make_plan, merge_plans, plan_part
 from quantmill.plans import Options, Plan
-from quantmill.source import Source
+from quantmill.source import MODEL_INDEX, Part, Source
 from quantmill.store import Store
 from quantmill.version import __version__
 
@@ -66,10 +67,26 @@ def plan_for(
     group_size: int | None = None,
     options: Options | None = None,
 ) -> Plan:
-    """The plan for a source whose headers are read already."""
+    """The plan for a source whose headers are read already; each part is planned by itself."""
+    if source.parts:
+        plans = [_part_plan(part, quantize, group_size, options) for part in source.parts]
+        return merge_plans(source, plans)
+    kind = _kind(source, quantize, group_size)
+    return make_plan(source, kind, options, version=__version__)
+
+
+def _part_plan(
+    part: Part, quantize: str | None, group_size: int | None, options: Options | None
+) -> Plan:
+    with naming(part.folder):
+        kind = _kind(part.source, quantize, group_size)
+        return plan_part(part, kind, options, version=__version__)
+
+
+def _kind(source: Source, quantize: str | None, group_size: int | None) -> Kind:
     kind = classify(source, quantize, group_size)
     refuse_quantized(source)
-    return make_plan(source, kind, options, version=__version__)
+    return kind
 
 
 def create(
@@ -163,7 +180,7 @@ def _config(decided: Plan, source: Source, modelfile: Modelfile | None) -> bytes
             kind="draft_unsupported",
             hint="remove the DRAFT line",
         )
-    how = modelconfig.serving(modelconfig.detect(source.texts), modelfile)
+    how = _serving(source, modelfile)
     recorded = recorded_options(decided.options)
     config = modelconfig.model_config(
         decided.format.name if decided.format else "",
@@ -171,6 +188,16 @@ def _config(decided: Plan, source: Source, modelfile: Modelfile | None) -> bytes
         base={"quantmill": recorded} if recorded else None,
     )
     return modelconfig.config_json(config)
+
+
+def _serving(source: Source, modelfile: Modelfile | None) -> modelconfig.Serving:
+    if not source.is_pipeline:
+        return modelconfig.serving(modelconfig.detect(source.texts), modelfile)
+    found = modelconfig.Serving(pipelines.capabilities(source.config))
+    if modelfile is None:
+        return found
+    parser, renderer = modelfile.parser, modelfile.renderer
+    return replace(found, parser=parser, renderer=renderer, requires=modelfile.requires)
 
 
 _Addition = tuple[str, str | None, bytes]
@@ -186,7 +213,15 @@ def _side_files(checkpoint: OpenSource, decided: Plan) -> Iterable[_Addition]:
                 strictjson.parse(data, constants=True)
             except strictjson.BadJson as error:
                 raise BadSource(f"{file.name}: {error}", kind="bad_json") from None
+        if file.name == MODEL_INDEX and checkpoint.source.is_pipeline:
+            data = _stored_index(checkpoint.source, decided)
         yield str(file.media_type), file.name, data
+
+
+def _stored_index(source: Source, decided: Plan) -> bytes:
+    weights = sum(spec.elements for spec in decided.tensors if spec.shape)
+    configs = {part.name: part.source.config for part in source.parts}
+    return pipelines.stored_index(source.config, weights, decided.format, configs)
 
 
 def _additions(modelfile: Modelfile | None) -> Iterable[_Addition]:

@@ -12,8 +12,16 @@ from quantmill.errors import BadPlan, BadRequest
 from quantmill.formats import FLOAT_DTYPES, Format, dtype_bytes, parse_format
 from quantmill.packings import plan_block_fp8, plan_prequantized
 from quantmill.plans import CAST, STACK, BlobSpec, Dropped, Options, Override, Plan, TensorSpec
-from quantmill.policy import Decision, Policy, decide, decide_draft, is_aligned, select_policy
-from quantmill.source import Source, SourceTensor
+from quantmill.policy import (
+    Decision,
+    Policy,
+    component_policy,
+    decide,
+    decide_draft,
+    is_aligned,
+    select_policy,
+)
+from quantmill.source import COMPONENT, DRAFT, Part, Source, SourceTensor
 from quantmill.stacks import blob_of, split_experts, stack_blobs, stacked
 
 KEEP = "keep"
@@ -53,20 +61,38 @@ def make_plan(
 
     `draft` applies the rules for draft models; `prefix` goes before every name written. Raises
     BadPlan when two outputs would share a name or a rule cannot be applied, BadSource for expert
-    tensors that do not form a stack.
+    tensors that do not form a stack, BadRequest for a rule that fits no tensor.
+    """
+    found = plan_source(source, kind, options, version=version, draft=draft, prefix=prefix)
+    _refuse_unused(found.options.overrides, found.blobs)
+    return found
+
+
+def plan_source(
+    source: Source,
+    kind: Kind,
+    options: Options | None = None,
+    *,
+    version: str,
+    draft: bool = False,
+    prefix: str = "",
+    policy: Policy | None = None,
+) -> Plan:
+    """Like `make_plan`, for a part of a model: rules may fit tensors of other parts only.
+
+    `policy` replaces the one that the config selects.
     """
     options = options or Options()
-    policy = select_policy(source.config)
+    policy = policy or select_policy(source.config)
     unused: tuple[Dropped, ...] = ()
     if kind.name == PREQUANTIZED:
         found, unused = plan_prequantized(source)
     elif kind.name == BLOCK_FP8:
         found = plan_block_fp8(source, policy)
     else:
-        found = _plan_float(source, kind.format, policy, options, draft)
+        found = _plan_float(source, kind.format, policy, options, draft, prefix)
     blobs = tuple(_prefixed(blob, prefix) for blob in found)
     _refuse_collisions(blobs)
-    _refuse_unused(options.overrides, blobs)
     ignored = (Dropped(t.name, f"in {t.file} but not in the index") for t in source.ignored)
     dropped = sorted([*unused, *ignored], key=lambda d: d.name)
     return Plan(
@@ -75,13 +101,55 @@ def make_plan(
     )  # fmt: skip
 
 
+def plan_part(part: Part, kind: Kind, options: Options | None = None, *, version: str) -> Plan:
+    """The plan of one part of a model: outputs have its prefix, sources its folder before them."""
+    policy = component_policy(part.name, part.source.config) if part.role == COMPONENT else None
+    draft = part.role == DRAFT
+    found = plan_source(
+        part.source, kind, options, version=version, draft=draft, prefix=part.prefix, policy=policy
+    )
+    blobs = [
+        replace(b, tensors=tuple(_sourced(t, part.folder) for t in b.tensors)) for b in found.blobs
+    ]
+    dropped = [replace(d, name=part.folder + d.name) for d in found.dropped]
+    return replace(found, blobs=tuple(blobs), dropped=tuple(dropped))
+
+
+def _sourced(spec: TensorSpec, folder: str) -> TensorSpec:
+    return replace(spec, sources=tuple(folder + name for name in spec.sources))
+
+
+def merge_plans(source: Source, plans: Sequence[Plan]) -> Plan:
+    """One plan of those that `plan_part` made for the parts of `source`, in the same order.
+
+    Its format is that of the parts that are not drafts, where they agree. Raises BadPlan and
+    BadRequest as `make_plan` does.
+    """
+    first = plans[0]
+    blobs = tuple(blob for one in plans for blob in one.blobs)
+    _refuse_collisions(blobs)
+    _refuse_unused(first.options.overrides, blobs)
+    main = [p for part, p in zip(source.parts, plans, strict=True) if part.role != DRAFT]
+    formats = {p.format for p in main} - {None}
+    dropped = sorted((d for p in plans for d in p.dropped), key=lambda d: d.name)
+    return Plan(
+        first.version, str(source.fingerprint), _shared(p.kind for p in plans),
+        _shared(p.policy for p in plans), formats.pop() if len(formats) == 1 else None,
+        first.options, blobs, tuple(dropped), source.files, source.nbytes,
+    )  # fmt: skip
+
+
+def _shared(words: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(words))
+
+
 # -- float sources ---------------------------------------------------------------------------------
 
 
 def _plan_float(
-    source: Source, base: Format | None, policy: Policy, options: Options, draft: bool
+    source: Source, base: Format | None, policy: Policy, options: Options, draft: bool, prefix: str
 ) -> list[BlobSpec]:
-    chooser = _chooser(base, policy, options, draft)
+    chooser = _chooser(base, policy, options, draft, prefix)
     plain, stacks = split_experts(source.tensors.values())
     blobs = [blob_of(tensor.name, [chooser(tensor, None)]) for tensor in plain]
     for group in sorted(stacks):
@@ -90,7 +158,7 @@ def _plan_float(
 
 
 def _chooser(
-    base: Format | None, policy: Policy, options: Options, draft: bool
+    base: Format | None, policy: Policy, options: Options, draft: bool, prefix: str
 ) -> Callable[[SourceTensor, tuple[str, ...] | None], TensorSpec]:
     """A function from a tensor (and the names stacked into it) to its spec."""
     by_policy = decide_draft if draft else decide
@@ -98,7 +166,8 @@ def _chooser(
     def choose(tensor: SourceTensor, stacked_names: tuple[str, ...] | None) -> TensorSpec:
         if stacked_names:
             dtype_bytes(tensor.dtype)
-        decision = _decide(tensor, base, options.overrides, lambda b: by_policy(
+        written = replace(tensor, name=prefix + tensor.name)  # as the user's rules see it
+        decision = _decide(written, base, options.overrides, lambda b: by_policy(
             policy, tensor.name, tensor.shape, b
         ))  # fmt: skip
         fmt = decision.format
