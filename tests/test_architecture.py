@@ -45,6 +45,7 @@ LAYERS = [
     },
     {
         "execute",
+        "drafts",
         "creation",
         "verification",
         "pruning",

@@ -407,6 +407,14 @@ def test_an_entry_without_a_class_is_no_component(store: Store, pipeline: Path) 
     }
 
 
+def test_a_tokenizer_is_not_a_component(store: Store, pipeline: Path) -> None:
+    """A folder whose class has no weights may hold a config and files that are not read."""
+    (pipeline / "tokenizer" / "config.json").write_text("{}")
+    (pipeline / "tokenizer" / "training_args.bin").write_bytes(b"x")
+    made = create("m", pipeline, store=store)
+    assert {f.name for f in made.plan.files if not f.media_type} == {"tokenizer/training_args.bin"}
+
+
 def test_what_is_not_listed_is_left_out_by_name(pipeline: Path) -> None:
     """Folders that the index does not list, and files beside it, are named in the plan."""
     shutil.copytree(pipeline / "vae", pipeline / "old_vae")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -45,7 +46,7 @@ def open_source(path: str | Path, *, follow_links: bool = False) -> OpenSource:
     A directory with a model_index.json is one of components. Raises BadSource as
     `open_checkpoint`, `open_components` and `open_gguf` do.
     """
-    if (Path(path) / MODEL_INDEX).is_file():
+    if os.path.isfile(Path(path) / MODEL_INDEX):
         from quantmill.components import open_components
 
         return open_components(Path(path), follow_links=follow_links)

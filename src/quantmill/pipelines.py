@@ -79,16 +79,16 @@ def has_weights(folder: str, kind: str, names: Iterable[str]) -> bool:
     present = sorted(names)
     if any(name.endswith(_SUFFIX) for name in present):
         return True
+    weightless = any(word in kind for word in _WEIGHTLESS)
     pickles = [name for name in present if name.endswith(_PICKLES)]
-    if pickles:
+    if pickles and not weightless:
         raise BadSource(
             f"{folder}: the only weights are {', '.join(pickles)}; pickled files can run programs "
             "and are never opened",
             kind="pickled_weights",
             hint="fetch the .safetensors files of this component, or convert it",
         )
-    expected = CONFIG in present and not any(word in kind for word in _WEIGHTLESS)
-    if expected or any(name in present for name in INDEXES):
+    if (CONFIG in present and not weightless) or any(name in present for name in INDEXES):
         raise BadSource(
             f"{folder}: no weights: looked for *.safetensors",
             kind="no_weights",

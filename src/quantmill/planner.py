@@ -122,7 +122,7 @@ def _sourced(spec: TensorSpec, folder: str) -> TensorSpec:
 def merge_plans(source: Source, plans: Sequence[Plan]) -> Plan:
     """One plan of those that `plan_part` made for the parts of `source`, in the same order.
 
-    Its format is that of the parts that are not drafts, where they agree. Raises BadPlan and
+    Its format is what all parts but a draft have, a draft alone aside. Raises BadPlan and
     BadRequest as `make_plan` does.
     """
     first = plans[0]
@@ -130,7 +130,7 @@ def merge_plans(source: Source, plans: Sequence[Plan]) -> Plan:
     _refuse_collisions(blobs)
     _refuse_unused(first.options.overrides, blobs)
     main = [p for part, p in zip(source.parts, plans, strict=True) if part.role != DRAFT]
-    formats = {p.format for p in main} - {None}
+    formats = {p.format for p in main or plans} - {None}
     dropped = sorted((d for p in plans for d in p.dropped), key=lambda d: d.name)
     return Plan(
         first.version, str(source.fingerprint), _shared(p.kind for p in plans),

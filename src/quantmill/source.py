@@ -88,6 +88,11 @@ class Source:
         return any(part.role == COMPONENT for part in self.parts)
 
     @property
+    def draft(self) -> Part | None:
+        """The part that is a draft model."""
+        return next((part for part in self.parts if part.role == DRAFT), None)
+
+    @property
     def fingerprint(self) -> Digest:
         """Changes whenever a name, dtype, shape, place, config or side file changes."""
         tensors = [[t.name, t.dtype, t.shape, t.file, t.start] for t in self.tensors.values()]
