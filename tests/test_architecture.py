@@ -21,6 +21,7 @@ LAYERS = [
     {"tensorfile", "ggufheader", "source", "plans", "manifest", "modelfile"},
     {"experts", "stacks", "classify", "policy", "planner", "modelconfig", "stored"}
     | {"coded", "floatcodes", "integercodes", "schemes", "prequantized", "hubfiles"}
+    | {"pipelines", "adapters"}
     | {"ggufnames", "ggufconfig", "gguftokenizer", "companions", "quantconfig", "quantparams"},
     {
         "files",
@@ -29,6 +30,8 @@ LAYERS = [
         "checkpoint",
         "ggufsource",
         "opening",
+        "parts",
+        "components",
         "weights",
         "elements",
         "kernels",
@@ -39,12 +42,14 @@ LAYERS = [
         "pacing",
         "transforms",
         "coding",
+        "merging",
         "hub",
         "blas",
         "environment",
     },
     {
         "execute",
+        "drafts",
         "creation",
         "verification",
         "pruning",

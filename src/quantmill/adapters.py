@@ -65,9 +65,9 @@ def read_adapter(
             )
     added: dict[str, LowRank] = {}
     used: set[str] = set()
-    for module, low, parts in _pairs(source, config):
+    for module, as_linear, factors in _pairs(source, config):
         name = _weight_of(module, shapes)
-        low, parts = _turned(low, parts, shapes[name])
+        low, parts = _turned(as_linear, factors, shapes[name])
         _check_shapes(low, parts, name, shapes[name])
         added[name] = low
         used |= {part.name for part in parts}
@@ -220,8 +220,8 @@ def _replaced_name(tensor: SourceTensor, shapes: Mapping[str, tuple[int, ...]]) 
         if shapes.get(wanted) == tensor.shape and tensor.dtype in FLOAT_DTYPES:
             return wanted
     raise BadSource(
-        f"adapter tensor {tensor.name!r} ({tensor.dtype} {list(tensor.shape)}) stands for no tensor "
-        "of the model",
+        f"adapter tensor {tensor.name!r} ({tensor.dtype} {list(tensor.shape)}) stands for no "
+        "tensor of the model",
         kind="adapter_does_not_fit",
         hint="is it an adapter of this model? Extended vocabularies cannot be merged",
     )

@@ -122,6 +122,31 @@ NonFiniteOption = Annotated[
 LinksOption = Annotated[
     bool, typer.Option("--follow-links", help="Read links that lead out of the checkpoint.")
 ]
+DraftOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--draft",
+        metavar="DIR",
+        help="Directory of a draft model to store with it. SOURCE may then name a stored model.",
+    ),
+]
+DraftQuantizeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--draft-quantize",
+        metavar="FORMAT",
+        help="Format of the draft model.",
+        autocompletion=_complete_format,
+    ),
+]
+ComponentOption = Annotated[
+    str | None,
+    typer.Option(
+        "--component",
+        metavar="COMPONENT",
+        help="One part of a model: text_encoder, transformer, vae, draft.",
+    ),
+]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", autocompletion=_complete_name)]
 OptionalNameArgument = Annotated[

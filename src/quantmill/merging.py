@@ -31,7 +31,8 @@ def merged(
     order that depends on the processor, and bytes may not.
     """
     rows, columns = spec.shape[-2:]
-    at, member, factors = 0, -1, None
+    at, member = 0, -1
+    factors: _Factors | None = None
     for piece in pieces:
         raw = np.frombuffer(piece, np.uint8)
         values = to_float32(raw, spec.dtype).copy()
@@ -40,7 +41,7 @@ def merged(
             current, inside = divmod(at + done, rows * columns)
             if current != member:
                 low = spec.added[current]
-                member, factors = current, low and _Factors(low, tensors, read)
+                member, factors = current, _Factors(low, tensors, read) if low else None
             end = min(values.size, done + rows * columns - inside)
             if factors is not None:
                 _add(values[done:end], inside, columns, factors)

@@ -1,13 +1,14 @@
-"""Open a source of whatever kind: a checkpoint directory or a GGUF file."""
+"""Open a source of whatever kind: a checkpoint or diffusers directory, or a GGUF file."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Protocol, Self
 
 from quantmill.checkpoint import SUFFIX, list_folder, open_checkpoint, refuse_link_outside
 from quantmill.errors import BadSource
-from quantmill.source import Source, SourceTensor
+from quantmill.source import MODEL_INDEX, Source, SourceTensor
 
 GGUF_SUFFIX = ".gguf"
 
@@ -42,8 +43,13 @@ class OpenSource(Protocol):
 def open_source(path: str | Path, *, follow_links: bool = False) -> OpenSource:
     """Open a checkpoint directory, a GGUF file, or a directory whose only weights are such a file.
 
-    Raises BadSource as `open_checkpoint` and `open_gguf` do.
+    A directory with a model_index.json is one of components. Raises BadSource as
+    `open_checkpoint`, `open_components` and `open_gguf` do.
     """
+    if os.path.isfile(Path(path) / MODEL_INDEX):
+        from quantmill.components import open_components
+
+        return open_components(Path(path), follow_links=follow_links)
     found = _gguf_file(Path(path), follow_links)
     if found is None:
         return open_checkpoint(path, follow_links=follow_links)

@@ -96,9 +96,9 @@ class Coding:
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
-    """What an adapter adds to a matrix: `scale` times `left` [rows, rank] by `right` [rank, columns].
+    """What an adapter adds to a matrix: `scale` times the product of `left` and `right`.
 
-    Both are names of source tensors, stored as said or `transposed`.
+    Both are names of source tensors, [rows, rank] and [rank, columns], stored so or `transposed`.
     """
 
     left: str
