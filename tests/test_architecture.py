@@ -43,6 +43,7 @@ LAYERS = [
         "transforms",
         "coding",
         "merging",
+        "adaptersource",
         "hub",
         "blas",
         "environment",

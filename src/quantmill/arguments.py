@@ -58,6 +58,21 @@ StoreOption = Annotated[
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+SOURCE_HELP = "Checkpoint directory, GGUF file, or org/repo[@revision] on the Hugging Face Hub."
+SourceArgument = Annotated[str | None, typer.Argument(metavar="[SOURCE]", help=SOURCE_HELP)]
+ModelfileOption = Annotated[
+    Path | None,
+    typer.Option("--file", "-f", metavar="MODELFILE", help="Modelfile with FROM and more."),
+]
+LoraOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--merge-lora",
+        metavar="DIR",
+        help="LoRA adapter to add to the weights before they are quantized.",
+        **_complete_dir,
+    ),
+]
 QuantizeOption = Annotated[
     str | None,
     typer.Option(
@@ -123,7 +138,7 @@ LinksOption = Annotated[
     bool, typer.Option("--follow-links", help="Read links that lead out of the checkpoint.")
 ]
 DraftOption = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
         "--draft",
         metavar="DIR",

@@ -15,6 +15,7 @@ import typer
 
 from quantmill import conversation, terminal
 from quantmill.arguments import (
+    SOURCE_HELP,
     ComponentOption,
     Device,
     DeviceOption,
@@ -24,7 +25,9 @@ from quantmill.arguments import (
     GroupOption,
     JsonOption,
     LinksOption,
+    LoraOption,
     MemoryOption,
+    ModelfileOption,
     NameArgument,
     NamesArgument,
     NonFiniteOption,
@@ -37,6 +40,7 @@ from quantmill.arguments import (
     RestartOption,
     Rounding,
     RoundingOption,
+    SourceArgument,
     StoreOption,
     TensorOption,
     WorkersOption,
@@ -96,19 +100,15 @@ def _name(text: str) -> ModelName:
 @app.command()
 def create(
     name: Annotated[str, typer.Argument(metavar="NAME")],
-    source: Annotated[
-        Path | None, typer.Argument(metavar="[SOURCE]", help="Checkpoint directory.")
-    ] = None,
+    source: SourceArgument = None,
     quantize: QuantizeOption = None,
     requantize: RequantizeOption = None,
     group_size: GroupOption = None,
     tensor: TensorOption = None,
-    modelfile: Annotated[
-        Path | None,
-        typer.Option("--file", "-f", metavar="MODELFILE", help="Modelfile with FROM and more."),
-    ] = None,
+    modelfile: ModelfileOption = None,
     draft: DraftOption = None,
     draft_quantize: DraftQuantizeOption = None,
+    merge_lora: LoraOption = None,
     profile: ProfileOption = Profile.MLX_CPU,
     device: DeviceOption = Device.CPU,
     e8m0: RoundingOption = Rounding.CEIL,
@@ -122,7 +122,7 @@ def create(
     json_output: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Import a checkpoint directory under NAME, quantized on the way."""
+    """Import a checkpoint under NAME, quantized on the way. A repository is fetched first."""
     from quantmill import creation
 
     target = _name(name)
@@ -141,19 +141,21 @@ def create(
             modelfile=parsed,
             draft=draft,
             draft_quantize=draft_quantize,
+            merge_lora=merge_lora,
             device=device.value,
             workers=workers,
             memory=_memory(memory),
             restart=restart,
             follow_links=follow_links,
             progress=bar and (lambda e: bar(e.bytes, e.bytes_total, _count(e))),
+            fetching=bar and (lambda done, total, what: bar(done, total, f"fetching {what}")),
         )
     _tell_created(created, parsed, time.monotonic() - started, quiet, json_output)
 
 
 def _inputs(
-    source: Path | None, draft: Path | None, modelfile: Path | None
-) -> tuple[Modelfile | None, Path]:
+    source: str | None, draft: str | None, modelfile: Path | None
+) -> tuple[Modelfile | None, str | Path]:
     """The Modelfile where one is given, and the source that it or the command line names."""
     from quantmill import creation
 
@@ -165,7 +167,7 @@ def _inputs(
         return None, source
     parsed, folder = creation.read_modelfile(modelfile)
     _refuse_two(source, folder, "SOURCE is {} but the Modelfile's FROM means {}")
-    named = Path(parsed.draft) if parsed.draft else None
+    named = parsed.draft or None
     _refuse_two(draft, named, "--draft is {} but the Modelfile's DRAFT means {}")
     return parsed, folder
 
@@ -198,20 +200,21 @@ def _count(event: Progress) -> str:
     return f"{event.tensors}/{event.tensors_total} tensors"
 
 
-def _refuse_two(given: Path | None, named: Path | None, what: str) -> None:
-    if given is not None and named is not None and given.resolve() != named.resolve():
+def _refuse_two(given: str | None, named: str | Path | None, what: str) -> None:
+    if given is not None and named is not None and Path(given).resolve() != Path(named).resolve():
         raise BadRequest(what.format(given, named), hint="give one of them")
 
 
 @app.command()
 def plan(
-    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Checkpoint directory.")],
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help=SOURCE_HELP)],
     quantize: QuantizeOption = None,
     requantize: RequantizeOption = None,
     group_size: GroupOption = None,
     tensor: TensorOption = None,
     draft: DraftOption = None,
     draft_quantize: DraftQuantizeOption = None,
+    merge_lora: LoraOption = None,
     profile: ProfileOption = Profile.MLX_CPU,
     e8m0: RoundingOption = Rounding.CEIL,
     global_scale: GlobalScaleOption = False,
@@ -232,6 +235,7 @@ def plan(
         options=options,
         draft=draft,
         draft_quantize=draft_quantize,
+        merge_lora=merge_lora,
         store=_store(store),
         follow_links=follow_links,
     )

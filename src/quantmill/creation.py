@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from quantmill import mediatypes, modelconfig, pipelines, strictjson
+from quantmill.adaptersource import with_adapter
 from quantmill.classify import FLOAT, Kind, classify
 from quantmill.digests import Digest
 from quantmill.drafts import Base, open_with_draft, stored_base, with_draft
@@ -18,12 +19,12 @@ from quantmill.formats import parse_request
 from quantmill.manifest import BlobRef, manifest_bytes, parse_manifest
 from quantmill.modelfile import Modelfile, decode_modelfile, parse_modelfile
 from quantmill.names import ModelName, as_name
-from quantmill.opening import OpenSource, open_source
+from quantmill.opening import OpenSource, Report, locate, open_source
 from quantmill.pacing import pace
 from quantmill.parts import naming
 from quantmill.planner import make_plan, merge_plans, plan_part
 from quantmill.plans import Options, Plan
-from quantmill.source import CONFIG, DRAFT, MODEL_INDEX, Source
+from quantmill.source import ADAPTER, CONFIG, DRAFT, MODEL, MODEL_INDEX, Source
 from quantmill.store import Store
 from quantmill.version import __version__
 
@@ -59,8 +60,10 @@ def plan(
     requantize: str | None = None,
     draft: str | Path | None = None,
     draft_quantize: str | None = None,
+    merge_lora: str | Path | None = None,
     store: Store | None = None,
     follow_links: bool = False,
+    fetching: Report | None = None,
 ) -> Plan:
     """Everything that `create` would do with this checkpoint directory, and nothing done.
 
@@ -71,7 +74,7 @@ def plan(
     """
     request = Request(quantize, group_size, requantize, draft_quantize)
     base = _base(store, source, request, draft)
-    with _opened(source, draft, base, follow_links) as checkpoint:
+    with _opened(source, draft, merge_lora, base, follow_links, fetching) as checkpoint:
         return plan_for(checkpoint.source, request, options)
 
 
@@ -114,14 +117,20 @@ def plan_for(source: Source, request: Request, options: Options | None = None) -
     if request.decode and not any(_is_quantized(part.source) for part in source.parts):
         _kind(source.parts[0].source, request)  # says that there is nothing to decode
     plans = []
-    for part in source.parts:
+    parts = [part for part in source.parts if part.role != ADAPTER]
+    for part in parts:
         own = Request(request.draft_quantize) if part.role == DRAFT else request
         if own.decode and not _is_quantized(part.source):
             own = Request(own.word, own.group_size)
         with naming(part.folder):
             kind = _kind(part.source, own)
-            plans.append(plan_part(part, kind, options, version=__version__, decode=own.decode))
-    return merge_plans(source, plans)
+            adapter = source.adapter if part.role == MODEL else None
+            plans.append(
+                plan_part(
+                    part, kind, options, version=__version__, decode=own.decode, adapter=adapter
+                )
+            )
+    return merge_plans(source, parts, plans)
 
 
 def _kind(source: Source, request: Request) -> Kind:
@@ -144,28 +153,32 @@ def create(
     modelfile: Modelfile | None = None,
     draft: str | Path | None = None,
     draft_quantize: str | None = None,
+    merge_lora: str | Path | None = None,
     device: str = "cpu",
     workers: int | None = None,
     memory: int | None = None,
     restart: bool = False,
     follow_links: bool = False,
     progress: Callable[[Progress], None] | None = None,
+    fetching: Report | None = None,
 ) -> Created:
-    """Import a checkpoint directory into the store under `name`, quantized on the way.
+    """Import a checkpoint into the store under `name`, quantized on the way.
+
+    `source` is a directory, a GGUF file, or `org/repo[@revision]` on the Hugging Face Hub, fetched
+    first into its own library's cache (`fetching` is told of that).
 
     Decides everything first (see `plan`), streams tensors through at most `workers` threads within
     `memory` bytes for the whole process, and writes the manifest last: until then, and after any
     failure, the store shows what it showed before. Blobs that an earlier, interrupted run finished
-    are checked and used, unless `restart`. The same input gives the same manifest digest whatever
-    these three are. `device` "gpu" has MLX quantize on Metal or CUDA, which round differently
-    (docs/formats.md).
+    are checked and used, unless `restart`. These three change no digest; `device` "gpu" does, since
+    Metal and CUDA round differently (docs/formats.md).
 
-    `draft` is the directory of a draft model to store with the model, in the format
-    `draft_quantize`. `source` may then be the name of a stored model, whose blobs are used as they
-    are.
+    `draft` is a draft model to store with the model, in the format `draft_quantize`. `source` may
+    then name a stored model, whose blobs are used as they are. `merge_lora` is the directory of a
+    LoRA adapter that is added to the weights, in float32, before they are quantized.
 
-    Raises BadName, BadRequest, BadSource, BadWeights (NaN or infinite weights), BadPlan, OverBudget
-    and StoreError; each names the file, tensor or name.
+    Raises BadName, BadRequest, BadSource, BadWeights, BadPlan, OverBudget and StoreError; each names
+    the file, tensor or name.
     """
     target = as_name(name)
     store = store or Store()
@@ -173,13 +186,12 @@ def create(
     draft = draft or (modelfile.draft if modelfile else None)
     base = _base(store, source, request, draft)
     options = on_device(device, options or Options())
-    with _opened(source, draft, base, follow_links) as checkpoint:
+    with _opened(source, draft, merge_lora, base, follow_links, fetching) as checkpoint:
         found = checkpoint.source
         decided = plan_for(found, request, options)
-        config = _config(decided, found, modelfile, base)
-        side_files = list(_side_files(checkpoint, decided))
+        config = mediatypes.CONFIG, None, _config(decided, found, modelfile, base)
         chosen = pace(decided, workers, memory)
-        additions = [(mediatypes.CONFIG, None, config), *side_files, *_additions(modelfile)]
+        additions = [config, *_side_files(checkpoint, decided), *_additions(modelfile)]
         # a thread of its own: waiting for the disk costs the weights no time
         with store.writing(), ThreadPoolExecutor(1, "quantmill-files") as beside:
             small = beside.submit(_put_all, store, additions)
@@ -187,11 +199,17 @@ def create(
                 decided, checkpoint, store, pace=chosen, restart=restart, progress=progress
             )
             config_ref, *rest = small.result()
-            refs = _entries(base, [*written.refs, *rest]) if draft else [*written.refs, *rest]
-            _check_present(store, [*refs, config_ref])
-            raw = manifest_bytes(config_ref, refs)
-            store.put_manifest(target, raw)
+            refs = [*written.refs, *rest]
+            raw = _publish(store, target, config_ref, _entries(base, refs) if draft else refs)
     return _created(store, target, decided, raw, written, base)
+
+
+def _publish(store: Store, target: ModelName, config: BlobRef, refs: Sequence[BlobRef]) -> bytes:
+    """Write the manifest, once everything it names is there; its bytes."""
+    _check_present(store, [*refs, config])
+    raw = manifest_bytes(config, refs)
+    store.put_manifest(target, raw)
+    return raw
 
 
 def _created(
@@ -221,11 +239,21 @@ def _base(
 
 
 def _opened(
-    source: str | Path, draft: str | Path | None, base: Base | None, follow_links: bool
+    source: str | Path,
+    draft: str | Path | None,
+    adapter: str | Path | None,
+    base: Base | None,
+    follow_links: bool,
+    fetching: Report | None = None,
 ) -> OpenSource:
+    place = locate(source, fetching) if base is None else source
     if draft is None:
-        return open_source(source, follow_links=follow_links)
-    return open_with_draft(source, draft, base, follow_links=follow_links)
+        opened = open_source(place, follow_links=follow_links)
+    else:
+        opened = open_with_draft(place, locate(draft, fetching), base, follow_links=follow_links)
+    if adapter is None:
+        return opened
+    return with_adapter(opened, adapter, follow_links=follow_links)
 
 
 def _entries(base: Base | None, written: Sequence[BlobRef]) -> list[BlobRef]:
@@ -347,7 +375,7 @@ def _vanished(ref: BlobRef) -> Corrupt:
     )
 
 
-def read_modelfile(path: str | Path) -> tuple[Modelfile, Path]:
+def read_modelfile(path: str | Path) -> tuple[Modelfile, str | Path]:
     """A Modelfile, its DRAFT line made a path, and the directory its FROM line means.
 
     Relative ones are looked up beside the Modelfile, then in the current directory. Raises
@@ -364,7 +392,7 @@ def read_modelfile(path: str | Path) -> tuple[Modelfile, Path]:
     return parsed, _meant(file, parsed.source)
 
 
-def _meant(file: Path, text: str) -> Path:
-    """The path that a line of a Modelfile names."""
+def _meant(file: Path, text: str) -> str | Path:
+    """The path that a line of a Modelfile names, or the line itself."""
     beside = file.parent / text
-    return beside if os.path.exists(beside) else Path(text)
+    return beside if os.path.exists(beside) else text

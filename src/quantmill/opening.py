@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol, Self
 
 from quantmill.checkpoint import SUFFIX, list_folder, open_checkpoint, refuse_link_outside
-from quantmill.errors import BadSource
+from quantmill.errors import BadSource, QuantmillError
 from quantmill.source import MODEL_INDEX, Source, SourceTensor
 
 GGUF_SUFFIX = ".gguf"
@@ -38,6 +39,30 @@ class OpenSource(Protocol):
     def __enter__(self) -> Self: ...
 
     def __exit__(self, *_: object) -> None: ...
+
+
+Report = Callable[[int, int, str], None]
+"""Told of a download: bytes done, bytes in all, a label."""
+
+
+def locate(source: str | Path, fetching: Report | None = None) -> Path:
+    """The path that `source` is, or where the hub's repository of that name was fetched to.
+
+    A path that exists is never taken for a repository's name. Raises BadSource as `hub.fetch` does.
+    """
+    path = Path(source)
+    if isinstance(source, Path) or os.path.exists(source):
+        return path
+    from quantmill.hub import fetch, parse_hub_name
+
+    name = parse_hub_name(source)
+    if name is None:
+        return path
+    try:
+        return fetch(name, fetching)
+    except QuantmillError as error:
+        what = f"there is no directory {source!r}, and on the hub: {error.message}"
+        raise type(error)(what, kind=error.kind, hint=error.hint) from None
 
 
 def open_source(path: str | Path, *, follow_links: bool = False) -> OpenSource:

@@ -7,11 +7,22 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
+from quantmill.adapters import FOLDER, Adapter, read_adapter
 from quantmill.classify import FLOAT, PREQUANTIZED, Kind
 from quantmill.coded import Coded, Recognised
 from quantmill.errors import BadPlan, BadRequest
 from quantmill.formats import FLOAT_DTYPES, MXFP8, Format, dtype_bytes, parse_format
-from quantmill.plans import CAST, STACK, BlobSpec, Dropped, Options, Override, Plan, TensorSpec
+from quantmill.plans import (
+    CAST,
+    STACK,
+    BlobSpec,
+    Dropped,
+    LowRank,
+    Options,
+    Override,
+    Plan,
+    TensorSpec,
+)
 from quantmill.policy import (
     Decision,
     Policy,
@@ -82,10 +93,15 @@ def make_plan(
     return found
 
 
-def _plan(source: Source, version: str, chooser: _Chooser) -> Plan:
+def _plan(source: Source, version: str, chooser: _Chooser, adapter: Part | None = None) -> Plan:
     """The plan for a whole model or a part of one: rules may fit tensors of other parts only."""
     kind, options = chooser.kind, chooser.options
     recognised = recognise(source)
+    if adapter is not None:
+        items: list[_Item] = [*recognised.plain, *recognised.coded.values()]
+        shapes = {item.name: item.shape for item in items}
+        with_it = read_adapter(adapter.source, adapter.source.config, shapes)
+        chooser = replace(chooser, adapter=with_it)
     blobs = tuple(_prefixed(b, chooser.prefix) for b in _plan_blobs(recognised, kind, chooser))
     _refuse_collisions(blobs)
     ignored = (Dropped(t.name, f"in {t.file} but not in the index") for t in source.ignored)
@@ -100,9 +116,18 @@ def _plan(source: Source, version: str, chooser: _Chooser) -> Plan:
 
 
 def plan_part(
-    part: Part, kind: Kind, options: Options | None = None, *, version: str, decode: bool = False
+    part: Part,
+    kind: Kind,
+    options: Options | None = None,
+    *,
+    version: str,
+    decode: bool = False,
+    adapter: Part | None = None,
 ) -> Plan:
-    """The plan of one part of a model: outputs have its prefix, sources its folder before them."""
+    """The plan of one part of a model: outputs have its prefix, sources its folder before them.
+
+    What an `adapter` changes is added to the weights before they are quantized.
+    """
     own = part.source
     policy = (
         component_policy(part.name, own.config)
@@ -111,7 +136,7 @@ def plan_part(
     )
     is_draft = part.role == DRAFT
     chooser = _Chooser(kind, policy, options or Options(), is_draft, decode, part.prefix)
-    found = _plan(own, version, chooser)
+    found = _plan(own, version, chooser, adapter)
     blobs = [
         replace(b, tensors=tuple(_sourced(t, part.folder) for t in b.tensors)) for b in found.blobs
     ]
@@ -120,11 +145,13 @@ def plan_part(
 
 
 def _sourced(spec: TensorSpec, folder: str) -> TensorSpec:
+    if not folder:
+        return spec
     return replace(spec, sources=tuple(folder + name for name in spec.sources))
 
 
-def merge_plans(source: Source, plans: Sequence[Plan]) -> Plan:
-    """One plan of those that `plan_part` made for the parts of `source`, in the same order.
+def merge_plans(source: Source, parts: Sequence[Part], plans: Sequence[Plan]) -> Plan:
+    """One plan of those that `plan_part` made for `parts` of `source`, in the same order.
 
     Its format is what all parts but a draft have, a draft alone aside. Raises BadPlan and
     BadRequest as `make_plan` does.
@@ -133,7 +160,7 @@ def merge_plans(source: Source, plans: Sequence[Plan]) -> Plan:
     blobs = tuple(blob for one in plans for blob in one.blobs)
     _refuse_collisions(blobs)
     _refuse_unused(first.options.overrides, blobs)
-    main = [p for part, p in zip(source.parts, plans, strict=True) if part.role != DRAFT]
+    main = [p for part, p in zip(parts, plans, strict=True) if part.role != DRAFT]
     formats = {p.format for p in main or plans} - {None}
     dropped = sorted((d for p in plans for d in p.dropped), key=lambda d: d.name)
     return Plan(
@@ -219,6 +246,7 @@ class _Chooser:
     draft: bool
     decode: bool
     prefix: str
+    adapter: Adapter | None = None
 
     def plain(self, tensor: SourceTensor, stacked_names: tuple[str, ...] | None) -> TensorSpec:
         """The spec of a tensor of plain numbers, and the names stacked into it."""
@@ -229,13 +257,15 @@ class _Chooser:
         if decision.rule == "not_asked" and not asked:
             decision = Decision(None, "passed_through", "not part of a quantized weight")
         fmt = decision.format
+        sources = stacked_names or (tensor.name,)
+        added, sources = self._changes(tensor, sources)
         # anything that is not a plain float is cast before it is quantized (docs/formats.md)
         cast = fmt is not None and tensor.dtype not in FLOAT_DTYPES
         if cast and stacked_names:
             raise BadPlan(f"{tensor.name!r}: experts of dtype {tensor.dtype} cannot be quantized")
         return TensorSpec(
             name=tensor.name,
-            sources=stacked_names or (tensor.name,),
+            sources=sources,
             transform=STACK if stacked_names else CAST if cast else None,
             dtype="BF16" if cast else tensor.dtype,
             shape=tensor.shape,
@@ -243,16 +273,45 @@ class _Chooser:
             rule=decision.rule,
             reason=decision.reason,
             global_scale=self._wants_global(fmt),
+            added=added,
         )
+
+    def _changes(
+        self, tensor: SourceTensor, names: tuple[str, ...]
+    ) -> tuple[tuple[LowRank | None, ...], tuple[str, ...]]:
+        """What the adapter adds to these members, and their sources: its own where it has them."""
+        if self.adapter is None:
+            return (), names
+        added = tuple(self.adapter.added.get(name) for name in names)
+        if any(added) and tensor.dtype not in FLOAT_DTYPES:
+            raise BadPlan(f"an adapter cannot be added to {tensor.name!r} of {tensor.dtype}")
+        replaced = self.adapter.replaced
+        for name in names:
+            if name in replaced and replaced[name].dtype != tensor.dtype:
+                raise BadPlan(
+                    f"the adapter's {replaced[name].name!r} is {replaced[name].dtype}, the model's "
+                    f"{name!r} is {tensor.dtype}",
+                    kind="adapter_does_not_fit",
+                )
+        own = tuple(FOLDER + replaced[n].name if n in replaced else n for n in names)
+        return added if any(added) else (), own
 
     def coded(self, name: str, members: Sequence[Coded], *, stack: bool) -> Planned:
         """What becomes of a weight that is quantized already, or of the experts of a stack."""
         first = members[0]
         shape = (len(members), *first.shape) if stack else first.shape
-        decision = self._coded_decision(SourceTensor(name, first.decoded, shape), first)
+        tensor = SourceTensor(name, first.decoded, shape)
+        decision = self._coded_decision(tensor, first)
+        added, own = self._changes(tensor, tuple(member.name for member in members))
+        if own != tuple(m.name for m in members) or (added and decision is None):
+            raise BadPlan(
+                f"the adapter changes {name!r}, which is quantized already ({first.scheme})",
+                kind="requantize_prequantized",
+                hint="--requantize decodes first; an adapter is best merged into float weights",
+            )
         if decision is None:
             return kept(name, members, stack=stack)
-        planned = decoded(name, members, decision, stack=stack)
+        planned = decoded(name, members, decision, stack=stack, added=added)
         if not self._wants_global(decision.format):
             return planned
         return replace(planned, specs=tuple(replace(s, global_scale=True) for s in planned.specs))

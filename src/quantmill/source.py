@@ -98,6 +98,11 @@ class Source:
         return next((part for part in self.parts if part.role == DRAFT), None)
 
     @property
+    def adapter(self) -> Part | None:
+        """The part that is an adapter of the model, and gives it no tensors of its own."""
+        return next((part for part in self.parts if part.role == ADAPTER), None)
+
+    @property
     def fingerprint(self) -> Digest:
         """Changes whenever a name, dtype, shape, place, config or side file changes."""
         tensors = [[t.name, t.dtype, t.shape, t.file, t.start] for t in self.tensors.values()]
@@ -111,6 +116,7 @@ class Source:
 MODEL = "model"
 COMPONENT = "component"
 DRAFT = "draft"
+ADAPTER = "adapter"
 
 
 @dataclass(frozen=True, slots=True)
