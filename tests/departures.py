@@ -43,8 +43,15 @@ DEPARTURES: dict[str, str] = {
     "layer-b2dd5c": _AGAINST_SHAPES,
     "plan-d-expert-uneven": "Projections with different numbers of experts are refused because a "
     "model cannot run on half an expert.",
-    "plan-d-preq-modelopt-3d": "A global scale for each expert is refused while planning, not when "
-    "the blob is half written; stacked 4-bit codes are repacked like others.",
+    "plan-d-preq-modelopt-3d": "Stacked 4-bit codes are repacked like others, and a global scale for "
+    "each expert is stored as it is.",
+    "plan-d-preq-mlx-override": "The module's own entry counts; affine codes without biases, as here, "
+    "are refused.",
+    "plan-old-nvfp4-experts": "Packed experts are stacked as float ones are.",
+    "plan-preq-mlx": "Codes and scales whose shapes contradict the recorded group size are refused.",
+    "plan-d-fp8-mismatch-weight": "The expert whose scale does not fit its own weight is named, before "
+    "experts are compared.",
+    "classify-b3f950": "FP8 blocks of any size are read.",
     "plan-d-fp8-noscale": "An FP8 weight without a scale is refused because its values are unknown.",
     "plan-d-fp8-expert-noscale": "As for any FP8 weight without a scale, told by that name and not by "
     "the collision it would cause.",
@@ -81,15 +88,11 @@ DEPARTURES: dict[str, str] = {
 }
 
 _ONE_WIDTH = "Float modes have one width each, so the number says nothing new."
-_LISTED = "Import of packed experts is refused until it stacks them; the plan is the reference's."
 
 AS_THE_REFERENCE: dict[str, str] = {
     "num-zeros-bf16-int4": "These are the bytes of MLX.",
     "num-lut-f32-f32-mxfp4": "These are the bytes of MLX.",
     "inv-d-modelx": "The rule for names without an index is the reference's.",
-    "plan-old-nvfp4-experts": _LISTED,
-    "plan-d-preq-mlx-override": "Import of such directories is refused; loading them goes by the "
-    "overrides (quantparams.resolve).",
     "aux-d-biasclash-0ccccc": "The singular spelling wins, for biases as for scales.",
     "info-27011c": "Float scales and biases fit one affine format only.",
     "infer-800285": "Kept as the peers' rule; nothing is decided by it.",

@@ -19,8 +19,8 @@ MODULES = {p.stem: ast.parse(p.read_text(encoding="utf-8")) for p in SOURCE.glob
 LAYERS = [
     {"errors", "digests", "names", "formats", "strictjson", "mediatypes", "version"},
     {"tensorfile", "ggufheader", "source", "plans", "manifest", "modelfile"},
-    {"experts", "stacks", "classify", "policy", "packings", "planner", "modelconfig", "stored"}
-    | {"pipelines"}
+    {"experts", "stacks", "classify", "policy", "planner", "modelconfig", "stored", "pipelines"}
+    | {"coded", "floatcodes", "integercodes", "schemes", "prequantized", "hubfiles"}
     | {"ggufnames", "ggufconfig", "gguftokenizer", "companions", "quantconfig", "quantparams"},
     {
         "files",
@@ -40,6 +40,8 @@ LAYERS = [
         "journal",
         "pacing",
         "transforms",
+        "coding",
+        "hub",
         "blas",
         "environment",
     },

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from departures import DEPARTURES
-from quantmill.classify import Kind, classify, refuse_quantized
+from quantmill.classify import FLOAT, Kind, classify
 from quantmill.errors import BadSource, QuantmillError
 from quantmill.formats import INT4
+from quantmill.schemes import recognise
 from sources import source_of, vector_source
 from vectors import DATA, cases
 
@@ -21,7 +22,7 @@ def classified(case: dict[str, Any]) -> Kind:
     return classify(vector_source(case["input"]), case["input"]["requested"])
 
 
-@cases("classify", "classify")
+@cases("classify", "classify", without=DEPARTURES)
 def test_kinds_equal_the_vectors(case: dict[str, Any]) -> None:
     """Kind and shared format are those of the reference, or the same refusal with its words."""
     expect = case["expect"]
@@ -64,29 +65,33 @@ def inventories() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_float_checkpoints_are_accepted(name: str) -> None:
-    """A checkpoint as transformers saves it, unquantized, is not refused."""
-    refuse_quantized(vector_source(inventories()[name]))
+def test_float_checkpoints_hold_no_codes(name: str) -> None:
+    """In a checkpoint as transformers saves it, unquantized, every tensor is plain."""
+    source = vector_source(inventories()[name])
+    assert not recognise(source).coded
+    assert classify(source, None) == Kind(FLOAT, None)
 
 
-@pytest.mark.parametrize("name", sorted(inventories().keys() - set(PLAIN)))
-def test_quantized_checkpoints_are_refused(name: str) -> None:
-    """Whatever tool quantized a checkpoint, it is refused and one of its tensors is named."""
-    document = inventories()[name]
-    with pytest.raises(BadSource) as caught:
-        refuse_quantized(vector_source(document))
-    assert caught.value.kind == "unsupported_source"
-    assert any(repr(tensor) in caught.value.message for tensor in document["tensors"])
+# hf2q-mixed is decided by its quantization_config.json, which an inventory does not hold
+QUANTIZED = sorted(inventories().keys() - {*PLAIN, "hf2q-mixed"})
 
 
-@pytest.mark.parametrize(
-    "name", ["proj.qweight", "proj.weight.absmax", "experts.up_proj_blocks", "proj.weight_scale"]
-)
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_quantized_checkpoints_are_recognised_whole(name: str) -> None:
+    """Whatever tool quantized a checkpoint, no codes are taken for numbers and none are left."""
+    source = vector_source(inventories()[name])
+    found = recognise(source)
+    assert found.coded
+    assert classify(source, None).name != FLOAT
+    assert all(t.dtype in {"BF16", "F16", "F32", "I64"} for t in found.plain)
+
+
+@pytest.mark.parametrize("name", ["proj.qweight", "proj.weight.absmax", "experts.up_proj_blocks"])
 def test_telling_names_are_refused(name: str) -> None:
-    """A tensor that only a quantizer writes is refused by its name."""
+    """A tensor that only a quantizer writes is refused by its name where its parts are missing."""
     source = source_of({"norm.weight": ("BF16", (64,)), name: ("F32", (64, 8))})
     with pytest.raises(BadSource, match=re.escape(repr(name))):
-        refuse_quantized(source)
+        recognise(source)
 
 
 @pytest.mark.parametrize("dtype", ["U8", "I8", "I32", "F8_E4M3"])
@@ -94,7 +99,7 @@ def test_integer_matrices_are_refused_without_any_sign(dtype: str) -> None:
     """A weight matrix of codes is refused even if nothing beside it or in its name says so."""
     source = source_of({"norm.weight": ("BF16", (64,)), "proj.weight": (dtype, (64, 64))})
     with pytest.raises(BadSource, match=r"'proj\.weight'"):
-        refuse_quantized(source)
+        recognise(source)
 
 
 @pytest.mark.parametrize("bits", ["4", 4.0, True, [4]])

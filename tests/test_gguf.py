@@ -44,7 +44,7 @@ from ggufs import (
     write_gguf,
 )
 from quantmill.checkpoint import Checkpoint
-from quantmill.creation import create, plan, plan_for
+from quantmill.creation import Request, create, plan, plan_for
 from quantmill.elements import to_bf16
 from quantmill.errors import BadRequest, BadSource
 from quantmill.formats import DTYPE_BYTES
@@ -253,7 +253,7 @@ def test_stacked_experts_become_experts(path: Path) -> None:
             decoded = quants.dequantize(quants.quantize(stack, q8), q8)
             for n in range(EXPERTS):
                 assert raw(opened, name.format(n)) == as_bf16(decoded[n])
-        planned = {t.name: t.shape for t in plan_for(opened.source, "int8").tensors}
+        planned = {t.name: t.shape for t in plan_for(opened.source, Request("int8")).tensors}
         config = config_of(opened)
     assert planned["model.layers.1.mlp.experts.down_proj.weight"] == (EXPERTS, HIDDEN, FFN)
     assert (config["num_experts"], config["num_experts_per_tok"]) == (EXPERTS, 2)
@@ -755,7 +755,7 @@ def test_a_header_with_flipped_bytes_is_read_or_refused(path: Path) -> None:
         path.write_bytes(data)
         try:
             with open_gguf(path) as opened:
-                plan_for(opened.source, "int8")
+                plan_for(opened.source, Request("int8"))
         except BadSource as error:
             assert error.kind  # noqa: PT017
 

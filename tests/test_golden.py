@@ -24,9 +24,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     return Store(tmp_path_factory.mktemp("store"))
 
 
-def test_every_float_fixture_has_its_golden_stores() -> None:
-    """Eight fixtures with no format and with each of five: a lost file must fail."""
-    assert len(GOLDEN) == 8 * 6
+def test_every_fixture_has_its_golden_stores() -> None:
+    """Eight float fixtures with no format and each of five, nine quantized ones: none is lost."""
+    assert len(GOLDEN) == 8 * 6 + 9
 
 
 def stored_tensors(store: Store, ref: BlobRef) -> dict[str, Any]:

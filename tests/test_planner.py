@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from departures import DEPARTURES
 from quantmill.classify import FLOAT, Kind, classify
 from quantmill.errors import BadPlan, BadRequest, BadSource, QuantmillError
 from quantmill.formats import DTYPE_BYTES, FORMAT_NAMES, INT4, INT8, NVFP4, parse_format
@@ -80,7 +81,7 @@ def check_tensor(case: dict[str, Any], expected: dict[str, Any], spec: TensorSpe
         assert spec.dtype == (expected["out_dtype"] or first["dtype"])
 
 
-@cases("plan", "plan")
+@cases("plan", "plan", without=DEPARTURES)
 def test_plans_equal_the_vectors(case: dict[str, Any]) -> None:
     """Blobs, tensors, transforms, formats and metadata are those of the reference, in its order."""
     expect = case["expect"]

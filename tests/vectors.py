@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,11 @@ def suite(name: str) -> list[dict[str, Any]]:
     return cases
 
 
-def cases(name: str, *ops: str, odd: bool = False) -> pytest.MarkDecorator:
+def cases(
+    name: str, *ops: str, odd: bool = False, without: Collection[str] = ()
+) -> pytest.MarkDecorator:
     """A parametrize decorator over the cases of `ops`; odd ones only when asked for."""
     chosen = [c for c in suite(name) if c["op"] in ops and ("odd" in c) == odd]
+    chosen = [c for c in chosen if c["id"] not in without]
     assert chosen, f"no {ops} cases in {name}"
     return pytest.mark.parametrize("case", chosen, ids=[c["id"] for c in chosen])

@@ -69,6 +69,16 @@ QuantizeOption = Annotated[
         autocompletion=_complete_format,
     ),
 ]
+RequantizeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--requantize",
+        metavar="FORMAT",
+        help="For weights that are quantized already: decode them and quantize again, at a cost. "
+        "bf16 only decodes.",
+        autocompletion=_complete_format,
+    ),
+]
 GroupOption = Annotated[
     int | None,
     typer.Option("--group-size", metavar="N", help="Affine formats: weights per scale (64)."),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from quantmill.errors import BadSource, BadTensorFile
 from quantmill.openfile import OpenFile
 from quantmill.source import (
     CONFIG,
+    DECIDING_TENSORS,
     DECIDING_TEXTS,
     INDEX,
     MAX_TEXT,
@@ -135,7 +137,16 @@ class Checkpoint:
             )
         texts = {n: self._text(n) for n in DECIDING_TEXTS if n in names}
         files = tuple(self._side_files(names, set(shards)))
-        return Source(config, tensors, files, ignored, texts)
+        values = {n: v for n, t in tensors.items() if (v := self._values(t)) is not None}
+        return Source(config, tensors, files, ignored, texts, values)
+
+    def _values(self, tensor: SourceTensor) -> tuple[int, ...] | None:
+        """The integers of a small tensor that describes others; None for any other tensor."""
+        kind = {"I64": "q", "I32": "i"}.get(tensor.dtype)
+        if not tensor.name.endswith(DECIDING_TENSORS) or kind is None or tensor.elements > 8:
+            return None
+        raw = self._files[tensor.file].read(tensor.start, tensor.nbytes)
+        return struct.unpack(f"<{tensor.elements}{kind}", raw)
 
     def _text(self, name: str) -> str:
         try:
@@ -361,7 +372,8 @@ def refuse_link_outside(folder: Path, path: Path, name: str, follow_links: bool)
         raise _cannot_open(name, error) from None
     allowed = [home]
     if home.parent.name == "snapshots":  # a download cache keeps every file as a link to its blobs
-        allowed.append((home.parent.parent / "blobs").resolve())
+        # its own repository's, or since huggingface_hub 2 those that all repositories share
+        allowed += [(above / "blobs").resolve() for above in home.parents[1:3]]
     if follow_links or any(target.is_relative_to(root) for root in allowed):
         return
     raise BadSource(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from quantmill.errors import BadPlan, BadSource
+from quantmill.errors import BadPlan, BadRequest, BadSource
 from quantmill.formats import (
     FP8_E4M3_DTYPES,
     FP8_E5M2_DTYPES,
@@ -22,6 +22,7 @@ PREQUANTIZED = "prequantized"
 BLOCK_FP8 = "block-fp8"
 
 FP8_BLOCK = (128, 128)
+"""Rows and columns that share a scale, where FP8 checkpoints say nothing else."""
 
 _CONFIG_KEYS = ("quantization", "quantization_config", "compression_config")
 
@@ -34,19 +35,15 @@ class Kind:
     format: Format | None
 
 
-@dataclass(frozen=True, slots=True)
-class Scheme:
-    """A way of storing quantized weights, recognised by one of its tensors."""
+def classify(
+    source: Source, requested: str | None, group_size: int | None = None, *, decode: bool = False
+) -> Kind:
+    """The kind of `source`, with the format asked for. Names and dtypes decide (schemes.py knows).
 
-    name: str
-    tensor: str
-
-
-def classify(source: Source, requested: str | None, group_size: int | None = None) -> Kind:
-    """The kind of `source`, with the format asked for.
-
-    Raises BadRequest for an unknown format, BadSource for FP8 variants and block sizes that cannot
-    be read, BadPlan when a format is asked for weights that are already quantized.
+    `decode` means that weights which are quantized already shall be decoded first. Raises
+    BadRequest for an unknown format, or for `decode` where nothing is quantized; BadSource for FP8
+    variants that cannot be read, and where nothing says how large the blocks of FP8 weights are;
+    BadPlan when a format is asked for weights that are already quantized.
     """
     asked = parse_request(requested, group_size)
     recorded = recorded_metadata(source.config)  # a config of the wrong shape fails here
@@ -59,25 +56,57 @@ def classify(source: Source, requested: str | None, group_size: int | None = Non
         )
     packed = _first(tensors, lambda t: is_packed(t, tensors))
     if packed:
+        if decode:
+            return Kind(PREQUANTIZED, asked)
         if asked:
             raise _requantize(packed, asked, "requantize_prequantized")
         return Kind(PREQUANTIZED, _shared_format(source, recorded.get("quant_type")))
-    fp8 = _first(tensors, lambda t: t.name.endswith(".weight") and t.dtype in FP8_E4M3_DTYPES)
+    fp8 = _first(tensors, lambda t: _is_fp8_weight(t, tensors))
     if fp8:
-        if asked:
+        if asked and not decode:
             raise _requantize(fp8, asked, "requantize_fp8")
-        _check_block_size(source.config)
-        return Kind(BLOCK_FP8, MXFP8)
+        if _is_blocked(fp8, tensors) and fp8_block_size(source.config) is None:
+            raise BadSource(
+                "config.json: FP8 weights without weight_block_size",
+                kind="missing_weight_block_size",
+            )
+        return Kind(BLOCK_FP8, asked if decode else MXFP8)
+    if decode:
+        raise BadRequest(
+            "the weights are not quantized, so nothing can be quantized again",
+            kind="nothing_to_requantize",
+            hint="use --quantize",
+        )
     return Kind(FLOAT, asked)
+
+
+def _is_fp8_weight(tensor: SourceTensor, tensors: Mapping[str, SourceTensor]) -> bool:
+    """Whether this is a weight of FP8 codes; stacks of experts may lack `.weight`."""
+    if tensor.dtype not in FP8_E4M3_DTYPES:
+        return False
+    return tensor.name.endswith(".weight") or f"{tensor.name}_scale_inv" in tensors
+
+
+def _is_blocked(weight: SourceTensor, tensors: Mapping[str, SourceTensor]) -> bool:
+    """Whether an FP8 weight's scale is neither one number nor one for each row or byte group."""
+    scale = next(
+        (tensors[n] for n in (f"{weight.name}_scale_inv", f"{weight.name}_scale") if n in tensors),
+        None,
+    )
+    if scale is None or scale.elements == 1 or scale.dtype == "U8":
+        return False
+    return scale.name.endswith("_inv") and scale.shape[-1:] != (1,)
 
 
 def is_packed(tensor: SourceTensor, tensors: Mapping[str, SourceTensor]) -> bool:
     """Whether this tensor shows that the checkpoint holds packed codes with scales."""
-    if tensor.name.endswith((".scales", ".weight_packed")):
+    if tensor.name.endswith((".scales", ".weight_packed", ".weight.scale")):
         return True
+    if tensor.name.endswith("_scales"):
+        return tensor.name.removesuffix("_scales") + "_blocks" in tensors
     base = tensor.name.removesuffix("_scale")
     weight = tensors.get(base) if tensor.name.endswith(".weight_scale") else None
-    return weight is not None and weight.dtype in {"U8", "U32"}
+    return weight is not None and weight.dtype in {"U8", "U32", "I8"}
 
 
 def _first(
@@ -90,7 +119,8 @@ def _requantize(found: SourceTensor, asked: Format, kind: str) -> BadPlan:
     return BadPlan(
         f"cannot requantize to {asked.name}: tensor {found.name!r} is already quantized",
         kind=kind,
-        hint="leave out --quantize, or start from the original checkpoint",
+        hint=f"--requantize {asked.name} decodes first, at a cost; better start from the original "
+        "checkpoint",
     )
 
 
@@ -159,7 +189,13 @@ def fp8_block_size(config: Mapping[str, Any]) -> tuple[int, int] | None:
             method == "compressed-tensors" or entry.get("format") == "float-quantized"
         ):
             size = _group_block(entry.get("config_groups"))
-        if isinstance(size, list) and len(size) == 2 and all(type(n) is int for n in size):
+        if isinstance(size, str):  # as early versions of compressed-tensors wrote it
+            size = [int(n) if n.isdecimal() and len(n) < 10 else n for n in size.split("x")]
+        if (
+            isinstance(size, list)
+            and len(size) == 2
+            and all(type(n) is int and n > 0 for n in size)
+        ):
             return size[0], size[1]
     return None
 
@@ -172,68 +208,3 @@ def _group_block(groups: Any) -> Any:
         if weights.get("num_bits") == 8 and str(weights.get("type", "")).lower() == "float":
             return weights.get("block_structure")
     return None
-
-
-def _check_block_size(config: Mapping[str, Any]) -> None:
-    size = fp8_block_size(config)
-    if size is None:
-        raise BadSource(
-            "config.json: FP8 weights without weight_block_size",
-            kind="missing_weight_block_size",
-        )
-    if size != FP8_BLOCK:
-        raise BadSource(
-            f"config.json: FP8 block size {size[0]}x{size[1]} is not supported, only 128x128",
-            kind="unsupported_block_size",
-        )
-
-
-# -- schemes that are recognised and not imported yet ----------------------------------------------
-
-# Name endings that give a scheme away. Order matters: the first that fits names the scheme.
-_ENDINGS: tuple[tuple[str, str], ...] = (
-    (".weight_packed", "compressed-tensors packed weights"),
-    (".scales", "MLX quantized weights"),
-    (".weight.scale", "MLX quantized weights"),
-    (".qweight", "AWQ or GPTQ packed weights"),
-    ("_blocks", "gpt-oss MXFP4 blocks"),
-    (".absmax", "bitsandbytes weights"),
-    (".weight_scale_2", "ModelOpt NVFP4 weights"),
-    (".weight_scale_inv", "block FP8 weights"),
-    (".weight_scale", "scaled integer or FP8 weights"),
-)
-_CODE_DTYPES = (
-    {"U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"} | FP8_E4M3_DTYPES | FP8_E5M2_DTYPES
-)
-
-
-def recognise_scheme(source: Source) -> Scheme | None:
-    """The quantization scheme the tensors are stored in, None for plain float weights.
-
-    Goes by what is there rather than by what config.json claims: telling endings first, then any
-    matrix called `.weight` whose elements are integers or bytes, which can only be codes.
-    """
-    for ending, name in _ENDINGS:
-        for tensor in source.tensors.values():
-            if tensor.name.endswith(ending):
-                return Scheme(name, tensor.name)
-    for tensor in source.tensors.values():
-        if (
-            tensor.name.endswith(".weight")
-            and tensor.dtype in _CODE_DTYPES
-            and len(tensor.shape) > 1
-        ):
-            return Scheme(f"{tensor.dtype} codes without scales", tensor.name)
-    return None
-
-
-def refuse_quantized(source: Source) -> None:
-    """Raise BadSource unless all weights are plain floats."""
-    scheme = recognise_scheme(source)
-    if scheme is not None:
-        raise BadSource(
-            f"tensor {scheme.tensor!r} shows {scheme.name}; only float checkpoints "
-            "(BF16, F16, F32) can be imported",
-            kind="unsupported_source",
-            hint="start from the original, unquantized checkpoint",
-        )

@@ -33,6 +33,7 @@ from quantmill.arguments import (
     ProfileOption,
     QuantizeOption,
     QuietOption,
+    RequantizeOption,
     RestartOption,
     Rounding,
     RoundingOption,
@@ -99,6 +100,7 @@ def create(
         Path | None, typer.Argument(metavar="[SOURCE]", help="Checkpoint directory.")
     ] = None,
     quantize: QuantizeOption = None,
+    requantize: RequantizeOption = None,
     group_size: GroupOption = None,
     tensor: TensorOption = None,
     modelfile: Annotated[
@@ -133,6 +135,7 @@ def create(
             folder,
             store=_store(store),
             quantize=quantize,
+            requantize=requantize,
             group_size=group_size,
             options=options,
             modelfile=parsed,
@@ -204,6 +207,7 @@ def _refuse_two(given: Path | None, named: Path | None, what: str) -> None:
 def plan(
     source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Checkpoint directory.")],
     quantize: QuantizeOption = None,
+    requantize: RequantizeOption = None,
     group_size: GroupOption = None,
     tensor: TensorOption = None,
     draft: DraftOption = None,
@@ -223,6 +227,7 @@ def plan(
     planned = creation.plan(
         source,
         quantize=quantize,
+        requantize=requantize,
         group_size=group_size,
         options=options,
         draft=draft,

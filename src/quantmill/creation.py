@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from quantmill import mediatypes, modelconfig, pipelines, strictjson
-from quantmill.classify import Kind, classify, refuse_quantized
+from quantmill.classify import FLOAT, Kind, classify
 from quantmill.digests import Digest
 from quantmill.drafts import Base, open_with_draft, stored_base, with_draft
 from quantmill.errors import BadRequest, BadSource, Corrupt, StoreError
@@ -23,9 +23,12 @@ from quantmill.pacing import pace
 from quantmill.parts import naming
 from quantmill.planner import make_plan, merge_plans, plan_part
 from quantmill.plans import Options, Plan
-from quantmill.source import CONFIG, DRAFT, MODEL_INDEX, Part, Source
+from quantmill.source import COMPONENT, CONFIG, DRAFT, MODEL_INDEX, Part, Source
 from quantmill.store import Store
 from quantmill.version import __version__
+
+DECODED = "bf16"
+"""The word that asks for decoded weights which are not quantized again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,7 @@ def plan(
     quantize: str | None = None,
     group_size: int | None = None,
     options: Options | None = None,
+    requantize: str | None = None,
     draft: str | Path | None = None,
     draft_quantize: str | None = None,
     store: Store | None = None,
@@ -61,48 +65,84 @@ def plan(
     """Everything that `create` would do with this checkpoint directory, and nothing done.
 
     `quantize` names a format, None keeps source precision; `group_size` replaces the format's own.
-    `store` matters for a `draft` only, whose base may lie there. Reads headers and small files
-    only. Raises BadSource, BadRequest and BadPlan as `create` does.
+    `requantize` does the same to weights that are quantized already, which are decoded first;
+    "bf16" only decodes them. `store` matters for a `draft` only, whose base may lie there. Reads
+    headers and small files only. Raises BadSource, BadRequest and BadPlan as `create` does.
     """
-    # wrong words are told before anything is opened
-    parse_request(quantize, group_size)
-    base = _base(store, source, quantize, draft, draft_quantize)
+    request = Request(quantize, group_size, requantize)
+    small = Request(draft_quantize)
+    base = _base(store, source, request, draft, draft_quantize)
     with _opened(source, draft, base, follow_links) as checkpoint:
-        return plan_for(checkpoint.source, quantize, group_size, options, draft_quantize)
+        return plan_for(checkpoint.source, request, options, small)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """The format asked for: of float weights, or, after decoding, of quantized ones.
+
+    A wrong word is told here, before anything is opened: raises BadRequest.
+    """
+
+    quantize: str | None = None
+    group_size: int | None = None
+    requantize: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.requantize is not None and self.quantize:
+            raise BadRequest("--quantize and --requantize exclude each other", hint="give one")
+        parse_request(self.word, self.group_size)
+
+    @property
+    def decode(self) -> bool:
+        """Whether quantized weights shall be decoded."""
+        return self.requantize is not None
+
+    @property
+    def word(self) -> str | None:
+        """The name of the format, None for numbers as they are."""
+        if self.requantize is None:
+            return self.quantize
+        return None if self.requantize.strip().lower() == DECODED else self.requantize
 
 
 def plan_for(
     source: Source,
-    quantize: str | None = None,
-    group_size: int | None = None,
+    request: Request,
     options: Options | None = None,
-    draft_quantize: str | None = None,
+    draft: Request | None = None,
 ) -> Plan:
-    """The plan for a source whose headers are read already; each part is planned by itself."""
-    if source.parts:
-        plans = [
-            _part_plan(part, draft_quantize, None, options)
-            if part.role == DRAFT
-            else _part_plan(part, quantize, group_size, options)
-            for part in source.parts
-        ]
-        return merge_plans(source, plans)
-    kind = _kind(source, quantize, group_size)
-    return make_plan(source, kind, options, version=__version__)
+    """The plan for a source whose headers are read already; each part is planned by itself.
+
+    `draft` is what is asked for of a draft model.
+    """
+    if not source.parts:
+        kind = _kind(source, request)
+        return make_plan(source, kind, options, version=__version__, decode=request.decode)
+    plans = []
+    for part in source.parts:
+        with naming(part.folder):
+            asked = _asked(part, source, request, draft or Request())
+            kind = _kind(part.source, asked)
+            plans.append(plan_part(part, kind, options, version=__version__, decode=asked.decode))
+    return merge_plans(source, plans)
 
 
-def _part_plan(
-    part: Part, quantize: str | None, group_size: int | None, options: Options | None
-) -> Plan:
-    with naming(part.folder):
-        kind = _kind(part.source, quantize, group_size)
-        return plan_part(part, kind, options, version=__version__)
+def _asked(part: Part, source: Source, request: Request, draft: Request) -> Request:
+    """What is asked for of a part. Beside a component that is quantized again, floats just are."""
+    if part.role == DRAFT:
+        return draft
+    mixed = any(p.role == COMPONENT and not _is_float(p.source) for p in source.parts)
+    if request.decode and mixed and _is_float(part.source):
+        return Request(request.word, request.group_size)
+    return request
 
 
-def _kind(source: Source, quantize: str | None, group_size: int | None) -> Kind:
-    kind = classify(source, quantize, group_size)
-    refuse_quantized(source)
-    return kind
+def _is_float(source: Source) -> bool:
+    return classify(source, None).name == FLOAT
+
+
+def _kind(source: Source, request: Request) -> Kind:
+    return classify(source, request.word, request.group_size, decode=request.decode)
 
 
 def create(
@@ -113,6 +153,7 @@ def create(
     quantize: str | None = None,
     group_size: int | None = None,
     options: Options | None = None,
+    requantize: str | None = None,
     modelfile: Modelfile | None = None,
     draft: str | Path | None = None,
     draft_quantize: str | None = None,
@@ -141,13 +182,13 @@ def create(
     """
     target = as_name(name)
     store = store or Store()
-    parse_request(quantize, group_size)
+    request, small_request = Request(quantize, group_size, requantize), Request(draft_quantize)
     draft = draft or (modelfile.draft if modelfile else None)
-    base = _base(store, source, quantize, draft, draft_quantize)
+    base = _base(store, source, request, draft, draft_quantize)
     options = on_device(device, options or Options())
     with _opened(source, draft, base, follow_links) as checkpoint:
         found = checkpoint.source
-        decided = plan_for(found, quantize, group_size, options, draft_quantize)
+        decided = plan_for(found, request, options, small_request)
         config = _config(decided, found, modelfile, base)
         side_files = list(_side_files(checkpoint, decided))
         chosen = pace(decided, workers, memory)
@@ -180,19 +221,18 @@ def _created(
 def _base(
     store: Store | None,
     source: str | Path,
-    quantize: str | None,
+    request: Request,
     draft: str | Path | None,
     draft_quantize: str | None,
 ) -> Base | None:
     """The stored model that a draft model is added to, None where `source` is a checkpoint."""
     modelconfig.check_draft_request(str(draft) if draft else None, draft_quantize)
-    parse_request(draft_quantize)
     base = stored_base(store or Store(), source) if draft else None
-    if base and parse_request(quantize):
+    if base and request != Request():
         raise BadRequest(
             f"{base.name.display} is in the store already: its weights stay as they are",
             kind="base_is_stored",
-            hint="leave out --quantize; --draft-quantize is the draft model's",
+            hint="leave out --quantize and --requantize; --draft-quantize is the draft model's",
         )
     return base
 
@@ -280,7 +320,7 @@ def _side_files(checkpoint: OpenSource, decided: Plan) -> Iterable[_Addition]:
 
 
 def _stored_index(source: Source, decided: Plan) -> bytes:
-    weights = sum(spec.elements for spec in decided.tensors if spec.shape)
+    weights = sum(spec.weights for spec in decided.tensors if spec.shape)
     configs = {part.name: part.source.config for part in source.parts}
     return pipelines.stored_index(source.config, weights, decided.format, configs)
 

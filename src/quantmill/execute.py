@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from queue import SimpleQueue
+from typing import TypeVar
 
 from quantmill import mediatypes
-from quantmill.errors import BadRequest, BadWeights, QuantmillError
+from quantmill.errors import BadRequest, BadWeights
 from quantmill.formats import DTYPE_BYTES
 from quantmill.journal import Journal, Note
 from quantmill.manifest import BlobRef
@@ -18,10 +19,12 @@ from quantmill.opening import OpenSource
 from quantmill.pacing import PIECE_BYTES, Pace
 from quantmill.plans import (
     CAST,
+    COPYING,
     CPU_PROFILE,
+    DECODING,
     DEVICE_PROFILES,
     GPU_PROFILE,
-    STACK,
+    RECODE,
     BlobSpec,
     Options,
     Plan,
@@ -234,8 +237,7 @@ def _write_tensor(job: _Job, blob: BlobSpec, spec: TensorSpec, writer: BlobWrite
     rounding, non_finite = job.plan.options.rounding, 0
     tails = [_Tail(writer, size) for size in _tail_sizes(spec)]
     codes_left = spec.elements * spec.format.bits // 8
-    for piece in _pieces(job, blob, spec):
-        found = job.arithmetic(piece, spec.dtype, spec.format, rounding=rounding, maximum=maximum)
+    for found in _quantized(job, blob, spec, rounding, maximum):
         non_finite += _allowed(job, spec, found)
         writer.write(found.weight)
         codes_left -= found.weight.nbytes
@@ -249,6 +251,22 @@ def _write_tensor(job: _Job, blob: BlobSpec, spec: TensorSpec, writer: BlobWrite
     if maximum is not None:
         writer.write(struct.pack("<f", maximum / MAX_SCALE))
     return non_finite
+
+
+def _quantized(
+    job: _Job, blob: BlobSpec, spec: TensorSpec, rounding: str, maximum: float | None
+) -> Iterator[Quantized]:
+    """The spec's data quantized piece by piece, or in the codes that it has."""
+    assert spec.format is not None
+    if spec.transform == RECODE:
+        from quantmill.coding import recoded
+
+        sources = [job.checkpoint.source.tensors[name] for name in spec.sources]
+        pieces = recoded(spec, sources, job.checkpoint.read_into, job.piece_bytes)
+        yield from _counted(job, blob, spec, pieces)
+        return
+    for piece in _pieces(job, blob, spec):
+        yield job.arithmetic(piece, spec.dtype, spec.format, rounding=rounding, maximum=maximum)
 
 
 def _tail_sizes(spec: TensorSpec) -> list[int]:
@@ -317,18 +335,53 @@ def _maximum(job: _Job, spec: TensorSpec) -> float:
 
 
 def _pieces(job: _Job, blob: BlobSpec | None, spec: TensorSpec) -> Iterator[memoryview]:
-    """The spec's data in pieces, valid until the next one is asked for.
+    """The spec's data in pieces, valid until the next one is asked for, adapters' changes added."""
+    pieces = _own_pieces(job, blob, spec)
+    if not any(spec.added):
+        return pieces
+    from quantmill.merging import merged
 
-    A piece never spans two sources, and all but a source's last hold whole groups.
+    return merged(spec, pieces, job.checkpoint.source.tensors, job.checkpoint.read_into)
+
+
+def _own_pieces(job: _Job, blob: BlobSpec | None, spec: TensorSpec) -> Iterator[memoryview]:
+    """What the source holds. A piece never spans two sources; all but a source's last hold whole
+    groups.
     """
-    if spec.transform not in {None, STACK, CAST}:
-        raise QuantmillError(f"{spec.name!r}: transform {spec.transform} cannot be carried out yet")
     tensors = job.checkpoint.source.tensors
+    if spec.transform in DECODING:
+        from quantmill.coding import numbers
+
+        sources = [tensors[name] for name in spec.sources]
+        pieces = numbers(spec, sources, job.checkpoint.read_into, job.piece_bytes)
+        yield from _counted(job, blob, spec, pieces)
+        return
     nbytes = job.piece_bytes if spec.format else PIECE_BYTES
     largest = max(tensors[name].nbytes for name in spec.sources)
     buffer = memoryview(bytearray(min(nbytes, largest)))
     for name in spec.sources:
-        yield from _source_pieces(job, blob, tensors[name], buffer, spec.transform == CAST)
+        for piece in _source_pieces(job, blob, tensors[name], buffer, spec.transform == CAST):
+            yield piece if spec.transform in COPYING | {CAST} else _changed(spec, piece)
+
+
+_T = TypeVar("_T")
+
+
+def _counted(
+    job: _Job, blob: BlobSpec | None, spec: TensorSpec, pieces: Iterator[_T]
+) -> Iterator[_T]:
+    """The pieces of a weight whose sources are read together; they count when all is read."""
+    yield from pieces
+    if blob is not None:
+        tensors = job.checkpoint.source.tensors
+        job.advance(blob.name, sum(tensors[name].nbytes for name in spec.sources))
+
+
+def _changed(spec: TensorSpec, piece: memoryview) -> memoryview:
+    """A global scale in the convention of the store (docs/formats.md)."""
+    from quantmill.transforms import change_global
+
+    return change_global(str(spec.transform), spec.name, piece)
 
 
 def _source_pieces(

@@ -22,7 +22,7 @@ from quantmill.manifest import BlobRef, Manifest
 from quantmill.model import Located, Model
 from quantmill.modelconfig import DRAFT_FILE_PREFIX, DRAFT_TENSOR_PREFIX
 from quantmill.names import ModelName, as_name
-from quantmill.quantconfig import read_quant_config
+from quantmill.quantconfig import read_quant_config, without_foreign
 from quantmill.source import CONFIG, MODEL_INDEX, QUANTIZATION_CONFIG
 from quantmill.store import Store
 from quantmill.tensorfile import TensorFile
@@ -109,7 +109,7 @@ def _from_manifest(
 
     index = files.get(MODEL_INDEX)
     said = store.read_blob(index.digest, MAX_JSON) if index else b"{}"
-    return _model(where, tensors, read, own, said)
+    return _model(where, tensors, read, own, said, stored=True)
 
 
 def _header(where: str, store: Store, ref: BlobRef, bad: Set[Digest]) -> TensorFile:
@@ -211,6 +211,8 @@ def _model(
     read: Callable[[str], bytes],
     files: Sequence[str],
     model_index: bytes,
+    *,
+    stored: bool = False,
 ) -> Model:
     def document(name: str, data: bytes) -> dict[str, Any]:
         try:
@@ -222,5 +224,7 @@ def _model(
         return document(name, read(name)) if name in files else {}
 
     config = beside(CONFIG)
-    said = (config, beside(QUANTIZATION_CONFIG), document(MODEL_INDEX, model_index))
+    # an imported model keeps its config.json, which speaks of packings that are never stored
+    about = without_foreign(config) if stored else config
+    said = (about, beside(QUANTIZATION_CONFIG), document(MODEL_INDEX, model_index))
     return Model(where, tensors, config, read, files, read_quant_config(*said))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
-from quantmill.classify import BLOCK_FP8, PREQUANTIZED, Kind
+from quantmill.classify import FLOAT, PREQUANTIZED, Kind
+from quantmill.coded import Coded, Recognised
 from quantmill.errors import BadPlan, BadRequest
-from quantmill.formats import FLOAT_DTYPES, Format, dtype_bytes, parse_format
-from quantmill.packings import plan_block_fp8, plan_prequantized
+from quantmill.formats import FLOAT_DTYPES, MXFP8, Format, dtype_bytes, parse_format
 from quantmill.plans import CAST, STACK, BlobSpec, Dropped, Options, Override, Plan, TensorSpec
 from quantmill.policy import (
     Decision,
@@ -21,8 +21,17 @@ from quantmill.policy import (
     is_aligned,
     select_policy,
 )
+from quantmill.prequantized import Planned, decoded, kept, ordered_coded
+from quantmill.schemes import recognise
 from quantmill.source import COMPONENT, DRAFT, Part, Source, SourceTensor
-from quantmill.stacks import blob_of, split_experts, stack_blobs, stacked
+from quantmill.stacks import (
+    Projections,
+    blob_of,
+    expert_count,
+    ordered_members,
+    split_experts,
+    stacked,
+)
 
 KEEP = "keep"
 
@@ -56,58 +65,66 @@ def make_plan(
     version: str,
     draft: bool = False,
     prefix: str = "",
+    decode: bool = False,
 ) -> Plan:
     """Decide what becomes of every tensor of `source`.
 
-    `draft` applies the rules for draft models; `prefix` goes before every name written. Raises
-    BadPlan when two outputs would share a name or a rule cannot be applied, BadSource for expert
-    tensors that do not form a stack, BadRequest for a rule that fits no tensor.
+    `draft` applies the rules for draft models; `prefix` goes before every name written; `decode`
+    makes numbers of weights that are quantized already, to be quantized as `kind` says. Raises
+    BadPlan when two outputs would share a name or a rule cannot be applied, BadSource for weights
+    whose parts do not belong together and for expert tensors that do not form a stack, BadRequest
+    for a rule that fits no tensor.
     """
-    found = plan_source(source, kind, options, version=version, draft=draft, prefix=prefix)
-    _refuse_unused(found.options.overrides, found.blobs)
+    options = options or Options()
+    chooser = _Chooser(kind, select_policy(source.config), options, draft, decode, prefix)
+    found = _plan_source(source, chooser, version)
+    _refuse_unused(options.overrides, found.blobs)
     return found
 
 
-def plan_source(
-    source: Source,
+def _plan_source(source: Source, chooser: _Chooser, version: str) -> Plan:
+    kind, options = chooser.kind, chooser.options
+    recognised = recognise(source)
+    found = _plan_blobs(recognised, kind, chooser)
+    blobs = tuple(_prefixed(blob, chooser.prefix) for blob in found)
+    _refuse_collisions(blobs)
+    ignored = (Dropped(t.name, f"in {t.file} but not in the index") for t in source.ignored)
+    dropped = sorted([*recognised.dropped, *ignored], key=lambda d: d.name)
+    fmt = kind.format
+    if kind.name == PREQUANTIZED and not chooser.decode:
+        fmt = _shared_format(recognised)
+    return Plan(
+        version, str(source.fingerprint), kind.name, chooser.policy.name, fmt, options,
+        blobs, tuple(dropped), source.files, source.nbytes,
+    )  # fmt: skip
+
+
+def _shared_format(recognised: Recognised) -> Format | None:
+    """The one format that all quantized weights keep, None where they differ."""
+    formats = {c.format.name if c.format else None for c in recognised.coded.values()}
+    if len(formats) != 1 or None in formats:
+        return None
+    return next(iter(recognised.coded.values())).format
+
+
+def plan_part(
+    part: Part,
     kind: Kind,
     options: Options | None = None,
     *,
     version: str,
-    draft: bool = False,
-    prefix: str = "",
-    policy: Policy | None = None,
+    decode: bool = False,
 ) -> Plan:
-    """Like `make_plan`, for a part of a model: rules may fit tensors of other parts only.
+    """The plan of one part of a model: outputs have its prefix, sources its folder before them.
 
-    `policy` replaces the one that the config selects.
+    Rules of `options` may fit tensors of other parts only.
     """
-    options = options or Options()
-    policy = policy or select_policy(source.config)
-    unused: tuple[Dropped, ...] = ()
-    if kind.name == PREQUANTIZED:
-        found, unused = plan_prequantized(source)
-    elif kind.name == BLOCK_FP8:
-        found = plan_block_fp8(source, policy)
-    else:
-        found = _plan_float(source, kind.format, policy, options, draft, prefix)
-    blobs = tuple(_prefixed(blob, prefix) for blob in found)
-    _refuse_collisions(blobs)
-    ignored = (Dropped(t.name, f"in {t.file} but not in the index") for t in source.ignored)
-    dropped = sorted([*unused, *ignored], key=lambda d: d.name)
-    return Plan(
-        version, str(source.fingerprint), kind.name, policy.name, kind.format, options, blobs,
-        tuple(dropped), source.files, source.nbytes,
-    )  # fmt: skip
-
-
-def plan_part(part: Part, kind: Kind, options: Options | None = None, *, version: str) -> Plan:
-    """The plan of one part of a model: outputs have its prefix, sources its folder before them."""
-    policy = component_policy(part.name, part.source.config) if part.role == COMPONENT else None
+    config = part.source.config
+    component = part.role == COMPONENT
+    policy = component_policy(part.name, config) if component else select_policy(config)
     draft = part.role == DRAFT
-    found = plan_source(
-        part.source, kind, options, version=version, draft=draft, prefix=part.prefix, policy=policy
-    )
+    chooser = _Chooser(kind, policy, options or Options(), draft, decode, part.prefix)
+    found = _plan_source(part.source, chooser, version)
     blobs = [
         replace(b, tensors=tuple(_sourced(t, part.folder) for t in b.tensors)) for b in found.blobs
     ]
@@ -116,7 +133,10 @@ def plan_part(part: Part, kind: Kind, options: Options | None = None, *, version
 
 
 def _sourced(spec: TensorSpec, folder: str) -> TensorSpec:
-    return replace(spec, sources=tuple(folder + name for name in spec.sources))
+    added = tuple(
+        low and replace(low, left=folder + low.left, right=folder + low.right) for low in spec.added
+    )
+    return replace(spec, sources=tuple(folder + name for name in spec.sources), added=added)
 
 
 def merge_plans(source: Source, plans: Sequence[Plan]) -> Plan:
@@ -143,33 +163,79 @@ def _shared(words: Iterable[str]) -> str:
     return ", ".join(dict.fromkeys(words))
 
 
-# -- float sources ---------------------------------------------------------------------------------
+# -- blobs -----------------------------------------------------------------------------------------
+
+_Item = SourceTensor | Coded
 
 
-def _plan_float(
-    source: Source, base: Format | None, policy: Policy, options: Options, draft: bool, prefix: str
-) -> list[BlobSpec]:
-    chooser = _chooser(base, policy, options, draft, prefix)
-    plain, stacks = split_experts(source.tensors.values())
-    blobs = [blob_of(tensor.name, [chooser(tensor, None)]) for tensor in plain]
+def _plan_blobs(recognised: Recognised, kind: Kind, chooser: _Chooser) -> list[BlobSpec]:
+    """Single weights by name, then stacks of experts; FP8 stacks after the others, as Ollama."""
+    items: list[_Item] = [*recognised.plain, *recognised.coded.values()]
+    singles, stacks = split_experts(sorted(items, key=lambda item: item.name))
+    blobs = [_single(item, chooser) for item in singles]
+    plain: list[BlobSpec] = []
+    coded: list[BlobSpec] = []
     for group in sorted(stacks):
-        blobs += stack_blobs(group, [chooser(*s) for s in stacked(group, stacks[group])])
-    return blobs
+        of_group, is_coded = _group_blobs(group, stacks[group], chooser)
+        (coded if is_coded else plain).extend(of_group)
+    blobs += plain + coded
+    return sorted(blobs, key=lambda b: b.name) if kind.name == PREQUANTIZED else blobs
 
 
-def _chooser(
-    base: Format | None, policy: Policy, options: Options, draft: bool, prefix: str
-) -> Callable[[SourceTensor, tuple[str, ...] | None], TensorSpec]:
-    """A function from a tensor (and the names stacked into it) to its spec."""
-    by_policy = decide_draft if draft else decide
+def _single(item: _Item, chooser: _Chooser) -> BlobSpec:
+    if isinstance(item, SourceTensor):
+        return blob_of(item.name, [chooser.plain(item, None)])
+    planned = chooser.coded(item.name, [item], stack=False)
+    return BlobSpec(item.name, planned.specs, planned.metadata)
 
-    def choose(tensor: SourceTensor, stacked_names: tuple[str, ...] | None) -> TensorSpec:
+
+def _group_blobs(
+    group: str, projections: Projections[_Item], chooser: _Chooser
+) -> tuple[list[BlobSpec], bool]:
+    """One blob for the experts of a layer where its projections agree, else one for each."""
+    count, is_coded = expert_count(projections), False
+    planned: dict[str, Planned] = {}
+    for projection in sorted(projections):
+        members, name = projections[projection], f"{group}.{projection}.weight"
+        coded = {i: m for i, m in members.items() if isinstance(m, Coded)}
+        if len(coded) == len(members):
+            is_coded = True
+            ordered = ordered_coded(group, projection, coded, count)
+            planned[name] = chooser.coded(name, ordered, stack=True)
+        else:
+            plain = ordered_members(group, projection, members, count)
+            tensors = [m for m in plain if isinstance(m, SourceTensor)]
+            spec = chooser.plain(*stacked(group, projection, tensors))
+            metadata = spec.format.metadata() if spec.format else {}
+            planned[name] = Planned((spec,), metadata)
+    if len({tuple(sorted(p.metadata.items())) for p in planned.values()}) == 1:
+        specs = tuple(spec for name in sorted(planned) for spec in planned[name].specs)
+        return [BlobSpec(group, specs, next(iter(planned.values())).metadata)], is_coded
+    return [BlobSpec(name, p.specs, p.metadata) for name, p in planned.items()], is_coded
+
+
+# -- one weight ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Chooser:
+    """What decides about a weight."""
+
+    kind: Kind
+    policy: Policy
+    options: Options
+    draft: bool
+    decode: bool
+    prefix: str
+
+    def plain(self, tensor: SourceTensor, stacked_names: tuple[str, ...] | None) -> TensorSpec:
+        """The spec of a tensor of plain numbers, and the names stacked into it."""
         if stacked_names:
             dtype_bytes(tensor.dtype)
-        written = replace(tensor, name=prefix + tensor.name)  # as the user's rules see it
-        decision = _decide(written, base, options.overrides, lambda b: by_policy(
-            policy, tensor.name, tensor.shape, b
-        ))  # fmt: skip
+        asked = self.kind.name == FLOAT or self.decode
+        decision = self._decide(tensor, self.kind.format if asked else None)
+        if decision.rule == "not_asked" and not asked:
+            decision = Decision(None, "passed_through", "not part of a quantized weight")
         fmt = decision.format
         # anything that is not a plain float is cast before it is quantized (docs/formats.md)
         cast = fmt is not None and tensor.dtype not in FLOAT_DTYPES
@@ -184,27 +250,72 @@ def _chooser(
             format=fmt,
             rule=decision.rule,
             reason=decision.reason,
-            global_scale=options.global_scale and fmt is not None and fmt.mode == "nvfp4",
+            global_scale=self._wants_global(fmt),
         )
 
-    return choose
+    def coded(self, name: str, members: Sequence[Coded], *, stack: bool) -> Planned:
+        """What becomes of a weight that is quantized already, or of the experts of a stack."""
+        first = members[0]
+        shape = (len(members), *first.shape) if stack else first.shape
+        decision = self._coded_decision(SourceTensor(name, first.decoded, shape), first)
+        if decision is None:
+            return kept(name, members, stack=stack)
+        planned = decoded(name, members, decision, stack=stack)
+        if not self._wants_global(decision.format):
+            return planned
+        return replace(planned, specs=tuple(replace(s, global_scale=True) for s in planned.specs))
+
+    def _coded_decision(self, tensor: SourceTensor, first: Coded) -> Decision | None:
+        """How to quantize the decoded numbers; None where the codes are kept."""
+        if self.decode:
+            found = self._decide(tensor, self.kind.format)
+            if found.rule == "not_asked":
+                return Decision(None, "decoded", "kept as numbers")
+            return found
+        written = self._written(tensor)
+        override = _fitting(written.name, self.options.overrides)
+        if first.format is not None:
+            if override and override.format and override.pattern == written.name:
+                raise BadPlan(
+                    f"cannot requantize tensor {written.name!r}: it is already quantized "
+                    f"({first.scheme})",
+                    kind="requantize_prequantized",
+                    hint="--requantize decodes first, at a cost",
+                )
+            return None
+        if override is not None:
+            return _overridden(written, override)
+        if first.is_fp8:
+            return self._by_policy(tensor, MXFP8)
+        return Decision(None, "decoded", "no format holds it as it is; --requantize makes it small")
+
+    def _written(self, tensor: SourceTensor) -> SourceTensor:
+        """The tensor under the name that the user's rules see."""
+        return replace(tensor, name=self.prefix + tensor.name)
+
+    def _wants_global(self, fmt: Format | None) -> bool:
+        return self.options.global_scale and fmt is not None and fmt.mode == "nvfp4"
+
+    def _by_policy(self, tensor: SourceTensor, base: Format) -> Decision:
+        by_policy = decide_draft if self.draft else decide
+        return by_policy(self.policy, tensor.name, tensor.shape, base)
+
+    def _decide(self, tensor: SourceTensor, base: Format | None) -> Decision:
+        written = self._written(tensor)
+        override = _fitting(written.name, self.options.overrides)
+        if override is not None:
+            return _overridden(written, override)
+        if base is None:
+            return Decision(None, "not_asked", "no format asked for")
+        decision = self._by_policy(tensor, base)
+        if decision.format is not None and tensor.dtype not in _WEIGHT_DTYPES:
+            return Decision(None, "not_float", f"{tensor.dtype} values are not weights")
+        return decision
 
 
-def _decide(
-    tensor: SourceTensor,
-    base: Format | None,
-    overrides: Sequence[Override],
-    by_policy: Callable[[Format], Decision],
-) -> Decision:
-    for override in reversed(overrides):  # the last rule given wins
-        if fnmatchcase(tensor.name, override.pattern):
-            return _overridden(tensor, override)
-    if base is None:
-        return Decision(None, "not_asked", "no format asked for")
-    decision = by_policy(base)
-    if decision.format is not None and tensor.dtype not in _WEIGHT_DTYPES:
-        return Decision(None, "not_float", f"{tensor.dtype} values are not weights")
-    return decision
+def _fitting(name: str, overrides: Sequence[Override]) -> Override | None:
+    """The last rule given that fits wins."""
+    return next((o for o in reversed(overrides) if fnmatchcase(name, o.pattern)), None)
 
 
 def _overridden(tensor: SourceTensor, override: Override) -> Decision:

@@ -16,10 +16,20 @@ STACK = "stack_experts"
 CAST = "cast_bf16"
 REPACK_FP4 = "repack_fp4"
 RELABEL_U8 = "relabel_u8"
+REPACK_FP8 = "repack_fp8"
 SCALAR_F32 = "scalar_f32"
+MLX_GLOBAL_F32 = "mlx_global_f32"
 RECIPROCAL_F32 = "reciprocal_f32"
 DECODE_FP8 = "decode_fp8"
 DECODE_STACK_FP8 = "decode_stack_fp8"
+DECODE = "decode"
+RECODE = "recode"
+
+COPYING = frozenset({None, STACK, REPACK_FP4, REPACK_FP8, RELABEL_U8, SCALAR_F32})
+"""Transforms that leave the bytes alone: they name dtype and shape anew, or put bytes in a row."""
+
+DECODING = frozenset({DECODE_FP8, DECODE_STACK_FP8, DECODE})
+"""Transforms that turn codes into numbers, as the spec's `coding` says."""
 
 
 CPU_PROFILE = "mlx-cpu"
@@ -51,12 +61,62 @@ class Options:
     allow_non_finite: bool = False
 
 
+# What a source tensor is to a coded weight.
+CODES, SCALE, ZERO, BIAS = "codes", "scale", "zero", "bias"
+GLOBAL, COLUMNS, INDEX, SHAPE = "global scale", "column factors", "group index", "shape"
+
+
+# What a global scale does to the numbers it belongs to (docs/formats.md).
+MULTIPLIES, DIVIDES, MLX_GLOBAL = "multiplies", "divides", "mlx"
+
+
+@dataclass(frozen=True, slots=True)
+class Coding:
+    """How a source stores the numbers of a weight: all that decoding must know besides the bytes.
+
+    `roles` says what each source of the spec is, a stack's members one after the other within each
+    role. `element` is what a code stands for (docs/formats.md): `uint` less a zero point, `int`,
+    `e2m1` or `e4m3`. `layout` is how codes of `bits` bits lie: a row of the weight after the other,
+    as a `stream` of bits or whole codes in 32-bit `words`, or in the order of `gptq`, `awq`,
+    `gemv` or `nibble_rows` (coding.py). `block` rows and columns share a scale; 0 is all of them.
+    `zero` is the zero point where no tensor holds one, `zero_offset` is added to those a tensor
+    holds. `global_scale` is the meaning of a global scale: it MULTIPLIES, DIVIDES, or is MLX's own
+    number.
+    """
+
+    roles: tuple[str, ...]
+    element: str
+    layout: str
+    bits: int
+    block: tuple[int, int]
+    zero: int = 0
+    zero_offset: int = 0
+    global_scale: str = "multiplies"
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """What an adapter adds to a matrix: `scale` times `left` [rows, rank] by `right` [rank, columns].
+
+    Both are names of source tensors, stored as said or `transposed`.
+    """
+
+    left: str
+    right: str
+    transposed: bool
+    scale: float
+
+
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
     """One tensor to write.
 
     `dtype` and `shape` are those after `transform` and before quantization. `format` None keeps
-    them. `rule` and `reason` say why.
+    them. `rule` and `reason` say why. `scheme` is how the source stores the weight, "" for plain
+    floats; `coding` is how to read it where that is not by copying. With the transform RECODE the
+    codes become those of `format` without loss, and `dtype` is that of scales and biases. Codes
+    that are copied are in the format that `keeps` names, and have their scales in specs of their
+    own, by `role`. `added` is what adapters add before quantization, for each member of a stack.
     """
 
     name: str
@@ -68,11 +128,31 @@ class TensorSpec:
     rule: str
     reason: str
     global_scale: bool = False
+    scheme: str = ""
+    coding: Coding | None = None
+    keeps: Format | None = None
+    role: str = CODES
+    added: tuple[LowRank | None, ...] = ()
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Names of all source tensors that bytes depend on."""
+        adapters = (name for low in self.added if low for name in (low.left, low.right))
+        return (*self.sources, *adapters)
 
     @property
     def elements(self) -> int:
-        """Number of weights."""
+        """Number of elements before quantization."""
         return math.prod(self.shape)
+
+    @property
+    def weights(self) -> int:
+        """Number of weights; scales and biases of other specs stand for none."""
+        if self.role != CODES:
+            return 0
+        if self.keeps is None:
+            return self.elements
+        return math.prod(self.shape[:-1]) * self.keeps.columns(self.shape[-1])
 
     @property
     def stored(self) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
@@ -159,7 +239,7 @@ class Plan:
     @property
     def bits_per_weight(self) -> float:
         """Stored bits of data per weight, everything included."""
-        weights = sum(t.elements for t in self.tensors)
+        weights = sum(t.weights for t in self.tensors)
         return 8 * sum(t.nbytes for t in self.tensors) / weights if weights else 0.0
 
 

@@ -228,6 +228,15 @@ def _count(value: Any) -> int | None:
     return value if type(value) is int and 0 <= value < 2**32 else None
 
 
+def without_foreign(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config without sections on packings that only other tools read."""
+    return {
+        key: value
+        for key, value in config.items()
+        if not (isinstance(value, dict) and value.get(_METHOD) in {"awq", "gptq"})
+    }
+
+
 def legacy_format(section: Mapping[str, Any]) -> Format | None:
     """The format that mlx-lm reads out of a `quant_method`, None for one that has none.
 

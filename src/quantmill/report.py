@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from quantmill.plans import CODES, DECODING, RECODE, ZERO
+
 if TYPE_CHECKING:  # values only: a report needs none of the machinery that makes them
     from quantmill.creation import Created
     from quantmill.errors import QuantmillError
@@ -84,45 +86,101 @@ def _spec_json(spec: TensorSpec) -> dict[str, Any]:
         "transform": spec.transform,
         "dtype": spec.dtype,
         "shape": list(spec.shape),
-        "format": _format_json(spec.format),
+        "format": _format_json(spec.format or spec.keeps),
+        "scheme": spec.scheme or None,
         "rule": spec.rule,
         "reason": spec.reason,
         "stored_bytes": spec.nbytes,
     }
 
 
-PLAN_COLUMNS: Row = ("tensor", "shape", "dtype", "becomes", "bytes", "why")
+PLAN_COLUMNS: Row = ("tensor", "shape", "source", "becomes", "bytes", "why")
 
 
 def plan_rows(plan: Plan) -> list[Row]:
-    """One row for each tensor, as PLAN_COLUMNS names them."""
-    return [
-        (
-            spec.name,
-            shape_text(spec.shape),
-            spec.dtype,
-            spec.format.label if spec.format else "keep",
-            bytes_text(spec.nbytes),
-            spec.reason + (f"; {len(spec.sources)} stacked" if len(spec.sources) > 1 else ""),
-        )
-        for spec in plan.tensors
-    ]
+    """One row for each weight, as PLAN_COLUMNS names them; scales and biases count with theirs."""
+    return [_plan_row(weight) for weight in _weights(plan)]
+
+
+def _weights(plan: Plan) -> list[list[TensorSpec]]:
+    """Specs weight by weight: the codes or numbers first, then what is copied with them."""
+    found: list[list[TensorSpec]] = []
+    for spec in plan.tensors:
+        if spec.role == CODES:
+            found.append([])
+        found[-1].append(spec)
+    return found
+
+
+def _plan_row(specs: list[TensorSpec]) -> Row:
+    main = specs[0]
+    fmt, shape = main.format or main.keeps, main.shape
+    if main.keeps:
+        shape = (*shape[:-1], main.keeps.columns(shape[-1]))
+    members = len(main.sources) // (len(main.coding.roles) if main.coding else 1)
+    return (
+        main.name,
+        shape_text(shape),
+        main.scheme or main.dtype,
+        fmt.label if fmt else main.dtype if main.scheme else "keep",
+        bytes_text(sum(spec.nbytes for spec in specs)),
+        main.reason + (f"; {members} stacked" if members > 1 else ""),
+    )
 
 
 def plan_summary(plan: Plan, free_bytes: int | None = None) -> list[str]:
     """What the plan comes to."""
-    counts = Counter(spec.format.label if spec.format else "keep" for spec in plan.tensors)
+    rows = plan_rows(plan)
+    counts = Counter(row[3] for row in rows)
     parts = ", ".join(f"{n} {label}" for label, n in sorted(counts.items(), key=lambda c: -c[1]))
     lines = [
-        f"{_plural(len(plan.tensors), 'tensor')} ({parts}); policy {plan.policy}",
+        f"{_plural(len(rows), 'tensor')} ({parts}); policy {plan.policy}",
         f"{bytes_text(plan.source_bytes)} -> {bytes_text(plan.blob_bytes)}, "
         f"{plan.bits_per_weight:.2f} bits per weight",
         f"disk space needed: {bytes_text(plan.needed_bytes)}"
         + (f", free: {bytes_text(free_bytes)}" if free_bytes is not None else ""),
     ]
-    lines += [f"left out: tensor {d.name} ({d.reason})" for d in plan.dropped]
+    lines += scheme_lines(plan)
+    lines += _dropped_lines(plan)
     lines += [f"left out: file {f.name} ({f.reason})" for f in plan.files if not f.media_type]
     return lines
+
+
+def scheme_lines(plan: Plan) -> list[str]:
+    """What becomes of weights that were quantized already, and what that costs."""
+    counts: Counter[str] = Counter()
+    for spec in plan.tensors:
+        if spec.scheme and spec.role == CODES:
+            counts[_cost(spec)] += 1
+    return [f"{_plural(n, 'weight')}: {what}" for what, n in sorted(counts.items())]
+
+
+def _cost(spec: TensorSpec) -> str:
+    if spec.transform == RECODE:
+        assert spec.coding is not None
+        rounded = f", zero points rounded to {spec.dtype}" if ZERO in spec.coding.roles else ""
+        return f"{spec.scheme}, codes and scales kept{rounded}"
+    if spec.transform not in DECODING:
+        return f"{spec.scheme}, copied without loss"
+    if spec.format is None:
+        return f"{spec.scheme}, decoded to {spec.dtype}"
+    return (
+        f"{spec.scheme}, decoded and quantized again to {spec.format.label}: a second rounding, of "
+        f"up to half a step of {spec.format.name}, on top of the first"
+    )
+
+
+def _dropped_lines(plan: Plan) -> list[str]:
+    """What is left out: a line for each reason, with the first name."""
+    names: dict[str, list[str]] = {}
+    for dropped in plan.dropped:
+        names.setdefault(dropped.reason, []).append(dropped.name)
+    return [
+        f"left out: tensor {found[0]}"
+        + (f" and {len(found) - 1} more" if len(found) > 1 else "")
+        + f" ({reason})"
+        for reason, found in names.items()
+    ]
 
 
 # -- create ----------------------------------------------------------------------------------------
@@ -177,7 +235,10 @@ def created_warnings(created: Created) -> list[str]:
         f"tensor {name!r} holds {count} NaN or infinite values, quantized as asked"
         for name, count in created.non_finite
     ]
-    lines += [f"left out: tensor {d.name} ({d.reason})" for d in created.plan.dropped]
+    plan = created.plan
+    if any(s.transform in DECODING for s in plan.tensors):
+        lines += scheme_lines(plan)
+    lines += _dropped_lines(plan)
     files = [f.name for f in created.plan.files if not f.media_type]
     return [*lines, f"left out: {', '.join(files)}"] if files else lines
 

@@ -20,8 +20,11 @@ MODEL_INDEX = "model_index.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 
-DECIDING_TEXTS = (CONFIG, TOKENIZER_CONFIG, CHAT_TEMPLATE)
+DECIDING_TEXTS = (CONFIG, TOKENIZER_CONFIG, CHAT_TEMPLATE, QUANTIZATION_CONFIG)
 """Side files whose content decides something (`Source.texts`)."""
+
+DECIDING_TENSORS = (".weight_shape",)
+"""Endings of tensors whose few integers decide something (`Source.values`)."""
 
 MAX_TEXT = 64 * 2**20
 """Largest side file that is read or kept; real tokenizers stay far below."""
@@ -66,8 +69,9 @@ class Source:
     """Everything decisions may depend on; no weight data.
 
     `tensors` is sorted by name. `ignored` are tensors that lie in a shard but not in the index.
-    `texts` holds the few small files whose content decides something (config.json, chat templates).
-    `parts` are the checkpoints that a joined source was made of, none for an ordinary one.
+    `texts` holds the few small files whose content decides something (config.json, chat templates),
+    `values` the integers of small tensors that describe others. `parts` are the checkpoints that a
+    joined source was made of, none for an ordinary one.
     """
 
     config: Mapping[str, Any]
@@ -75,6 +79,7 @@ class Source:
     files: tuple[SourceFile, ...] = ()
     ignored: tuple[SourceTensor, ...] = ()
     texts: Mapping[str, str] = field(default_factory=dict)
+    values: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     parts: tuple[Part, ...] = ()
 
     @property
@@ -97,7 +102,8 @@ class Source:
         """Changes whenever a name, dtype, shape, place, config or side file changes."""
         tensors = [[t.name, t.dtype, t.shape, t.file, t.start] for t in self.tensors.values()]
         files = [[f.name, f.size, f.media_type] for f in self.files]
-        found = [dict(self.config), tensors, files]
+        said = [self.texts.get(QUANTIZATION_CONFIG, ""), self.values]
+        found = [dict(self.config), tensors, files, said]
         parts = [[p.prefix, p.folder, str(p.source.fingerprint)] for p in self.parts]
         return digest_of(strictjson.canonical([*found, parts] if parts else found))
 
@@ -144,7 +150,7 @@ def joined(
         if twice:
             raise BadSource(f"two parts of the model have {twice[0]!r}", kind="name_collision")
     found = {t.name: t for t in sorted(tensors, key=lambda t: t.name)}
-    return Source(config, found, tuple(all_files), tuple(ignored), texts or {}, parts)
+    return Source(config, found, tuple(all_files), tuple(ignored), texts or {}, parts=parts)
 
 
 def _within(part: Part, tensor: SourceTensor) -> SourceTensor:

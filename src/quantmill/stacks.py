@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol, TypeVar
 
 from quantmill.errors import BadSource
 from quantmill.experts import ExpertName, parse_expert
@@ -11,15 +12,33 @@ from quantmill.plans import BlobSpec, TensorSpec
 from quantmill.source import SourceTensor
 
 
-def split_experts(
-    tensors: Iterable[SourceTensor],
-) -> tuple[list[SourceTensor], dict[str, dict[str, dict[int, SourceTensor]]]]:
+class Member(Protocol):
+    """A tensor of a checkpoint, or a weight that is stored in several."""
+
+    @property
+    def name(self) -> str:
+        """Name of the weight."""
+
+    @property
+    def dtype(self) -> str:
+        """Dtype tag of its elements, or of its codes."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape; codes count, not words."""
+
+
+_M = TypeVar("_M", bound=Member)
+Projections = dict[str, dict[int, _M]]
+
+
+def split_experts(tensors: Iterable[_M]) -> tuple[list[_M], dict[str, Projections[_M]]]:
     """Plain tensors, and per-expert ones as group → projection → index → tensor.
 
     Raises BadSource for two tensors with the same place in a stack.
     """
-    plain: list[SourceTensor] = []
-    stacks: dict[str, dict[str, dict[int, SourceTensor]]] = defaultdict(lambda: defaultdict(dict))
+    plain: list[_M] = []
+    stacks: dict[str, Projections[_M]] = defaultdict(lambda: defaultdict(dict))
     for tensor in tensors:
         expert = parse_expert(tensor.name)
         if expert is None:
@@ -29,9 +48,7 @@ def split_experts(
     return plain, stacks
 
 
-def _add_expert(
-    stacks: dict[str, dict[str, dict[int, SourceTensor]]], expert: ExpertName, tensor: SourceTensor
-) -> None:
+def _add_expert(stacks: dict[str, Projections[_M]], expert: ExpertName, tensor: _M) -> None:
     members = stacks[expert.group][expert.projection]
     if expert.index in members:
         raise BadSource(
@@ -41,9 +58,7 @@ def _add_expert(
     members[expert.index] = tensor
 
 
-def ordered_members(
-    group: str, projection: str, members: Mapping[int, SourceTensor], count: int
-) -> list[SourceTensor]:
+def ordered_members(group: str, projection: str, members: Mapping[int, _M], count: int) -> list[_M]:
     """The experts of one projection in index order.
 
     Raises BadSource unless there are `count` of them, numbered from 0 without gaps, equal in dtype
@@ -67,33 +82,18 @@ def ordered_members(
     return ordered
 
 
-def expert_count(projections: Mapping[str, Mapping[int, SourceTensor]]) -> int:
+def expert_count(projections: Mapping[str, Mapping[int, _M]]) -> int:
     """How many experts a group must have: one more than the highest index in any projection."""
     return 1 + max(index for members in projections.values() for index in members)
 
 
 def stacked(
-    group: str,
-    projections: Mapping[str, Mapping[int, SourceTensor]],
-    ordered: Callable[..., Sequence[SourceTensor]] = ordered_members,
-) -> Iterator[tuple[SourceTensor, tuple[str, ...]]]:
-    """Each projection as the tensor its stack will be, with the names that go into it.
-
-    `ordered` is called as `ordered_members` is. Raises BadSource where it does.
-    """
-    count = expert_count(projections)
-    for projection in sorted(projections):
-        members = ordered(group, projection, projections[projection], count)
-        name, first = f"{group}.{projection}.weight", members[0]
-        stack = SourceTensor(name, first.dtype, (count, *first.shape))
-        yield stack, tuple(m.name for m in members)
-
-
-def stack_blobs(group: str, specs: list[TensorSpec]) -> list[BlobSpec]:
-    """One blob for the whole group when its projections agree, else one for each."""
-    if len({spec.format for spec in specs}) == 1:
-        return [blob_of(group, specs)]
-    return [blob_of(spec.name, [spec]) for spec in specs]
+    group: str, projection: str, members: Sequence[SourceTensor]
+) -> tuple[SourceTensor, tuple[str, ...]]:
+    """Ordered members as the tensor that their stack will be, with the names that go into it."""
+    name, first = f"{group}.{projection}.weight", members[0]
+    stack = SourceTensor(name, first.dtype, (len(members), *first.shape))
+    return stack, tuple(m.name for m in members)
 
 
 def blob_of(name: str, specs: Sequence[TensorSpec]) -> BlobSpec:

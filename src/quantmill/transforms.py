@@ -14,16 +14,17 @@ import numpy as np
 
 from quantmill.errors import BadPlan, BadSource
 from quantmill.formats import FP8_E4M3_DTYPES
-from quantmill.packings import check_scalar_f32
 from quantmill.plans import (
     DECODE_FP8,
     DECODE_STACK_FP8,
+    MLX_GLOBAL_F32,
     RECIPROCAL_F32,
     RELABEL_U8,
     REPACK_FP4,
     SCALAR_F32,
     STACK,
 )
+from quantmill.weights import MAX_SCALE
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,26 @@ def _stack(name: str, sources: Sequence[Part]) -> Part:
 def _reciprocal(source: Part) -> Part:
     """1/v, computed in float32 as the formats define it."""
     assert math.prod(source.shape) == 1
-    value = np.frombuffer(source.data, "<f4")
-    if value[0] == 0:
-        raise BadSource(f"global scale {source.name!r} is zero", kind="zero_scale")
-    return replace(source, data=(np.float32(1) / value).tobytes())
+    data = change_global(RECIPROCAL_F32, source.name, memoryview(source.data))
+    return replace(source, data=data.tobytes())
+
+
+def change_global(transform: str, name: str, data: memoryview) -> memoryview:
+    """Global scales in float32, made into the factors that are stored (docs/formats.md).
+
+    Raises BadSource, kind `zero_scale`, where one would be infinite.
+    """
+    value = np.frombuffer(data, "<f4")
+    if transform == MLX_GLOBAL_F32:
+        return (value / np.float32(MAX_SCALE)).view(np.uint8).data
+    if not value.all():
+        raise BadSource(f"global scale {name!r} is zero", kind="zero_scale")
+    return (np.float32(1) / value).view(np.uint8).data
+
+
+def check_scalar_f32(name: str, dtype: str, shape: tuple[int, ...]) -> None:
+    """Raise BadSource unless this is one F32 element, of whatever rank."""
+    if dtype.upper() != "F32":
+        raise BadSource(f"global scale {name!r} has dtype {dtype}, not F32", kind="not_f32")
+    if any(n != 1 for n in shape):
+        raise BadSource(f"global scale {name!r} has shape {list(shape)}", kind="non_scalar")

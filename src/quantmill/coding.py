@@ -1,0 +1,417 @@
+"""Coded weights as numbers, or as MLX's affine codes: what layouts and parts mean, in NumPy.
+
+A weight is a number of matrices (the experts of a stack, or one) whose rows are outputs. Each is
+read a few rows at a time; only where a layout runs across the rows, as GPTQ's and AWQ's do, are the
+codes of a whole matrix held. Formulas and layouts: docs/sources.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from quantmill.elements import from_float32, to_float32
+from quantmill.errors import BadWeights
+from quantmill.formats import DTYPE_BYTES
+from quantmill.plans import (
+    BIAS,
+    CODES,
+    COLUMNS,
+    DIVIDES,
+    GLOBAL,
+    INDEX,
+    MLX_GLOBAL,
+    SCALE,
+    ZERO,
+    Coding,
+    TensorSpec,
+)
+from quantmill.source import SourceTensor
+from quantmill.weights import MAX_SCALE, Quantized
+
+Array = npt.NDArray[Any]
+Floats = npt.NDArray[np.float32]
+Read = Callable[[SourceTensor, int, memoryview], None]
+
+TRANSPOSED = frozenset({"gptq", "awq"})
+"""Layouts whose rows are the inputs: a matrix is read whole."""
+
+# Rows that a layout stores together.
+_ROW_STEP = {"awq": 8, "nibble_rows": 2}
+# The output that each half byte of AWQ's words belongs to, the lowest first.
+_AWQ_ORDER = np.array([0, 2, 4, 6, 1, 3, 5, 7])
+
+
+def _e4m3() -> Floats:
+    codes = np.arange(256)
+    exponent, mantissa = (codes >> 3) & 15, codes & 7
+    values = np.where(
+        exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * np.exp2(exponent.astype(float) - 10)
+    )
+    values[(codes & 127) == 127] = np.nan
+    return np.where(codes < 128, values, -values).astype(np.float32)
+
+
+_E2M1_HALF = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
+E4M3: Floats = _e4m3()
+"""The number that each E4M3 byte stands for."""
+
+_TABLES: Mapping[str, Floats] = {
+    "e4m3": E4M3,
+    "e2m1": np.array([*_E2M1_HALF, *(-v for v in _E2M1_HALF)], np.float32),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Some rows of a matrix: codes, and what they mean group by group.
+
+    `codes` are unsigned, [rows, columns]. `scale`, `zero` and `bias` have a column for each group,
+    or one for all; `zero` and `bias` may be None. `group` is the width of a group, 0 for a row.
+    """
+
+    codes: npt.NDArray[np.uint8]
+    scale: Array
+    scale_dtype: str
+    zero: npt.NDArray[np.int32] | None
+    bias: Array | None
+    group: int
+
+
+def numbers(
+    spec: TensorSpec, sources: Sequence[SourceTensor], read: Read, nbytes: int
+) -> Iterator[memoryview]:
+    """The weight as elements of `spec.dtype`, in pieces of whole rows and about `nbytes` bytes."""
+    assert spec.coding is not None
+    for matrix, rows in _pieces(spec, sources, read, nbytes):
+        values = matrix.numbers(rows)
+        yield from_float32(values.reshape(-1), spec.dtype).data
+
+
+def recoded(
+    spec: TensorSpec, sources: Sequence[SourceTensor], read: Read, nbytes: int
+) -> Iterator[Quantized]:
+    """The weight in a format of MLX's with the codes and scales that it has.
+
+    Scales are repeated where they serve more than a group of the format; biases of affine formats
+    are zero points times scales, rounded to `spec.dtype`. Raises BadWeights for columns in an order
+    of their own.
+    """
+    assert spec.format is not None
+    for matrix, rows in _pieces(spec, sources, read, nbytes):
+        if not spec.format.has_bias:
+            yield _as_mxfp8(rows, spec.format.group_size)
+            continue
+        matrix.check_order(spec.name)
+        zero = rows.zero
+        signed = matrix.coding.element == "int"
+        if signed:  # the same codes counted from the smallest
+            half = 1 << (matrix.coding.bits - 1)
+            zero = (0 if zero is None else zero) + np.full((1, 1), half, np.int32)
+            codes = rows.codes ^ np.uint8(half)
+        else:
+            codes = rows.codes
+        assert zero is not None
+        scales = np.broadcast_to(rows.scale, (codes.shape[0], rows.scale.shape[1]))
+        product = -(to_float32(_bytes(scales), rows.scale_dtype).reshape(scales.shape) * zero)
+        biases = from_float32(np.ascontiguousarray(product, np.float32), spec.dtype)
+        groups = codes.shape[1] // spec.format.group_size
+        times = groups // scales.shape[1]
+        yield Quantized(
+            pack(codes, spec.format.bits).data,
+            _bytes(np.repeat(scales, times, axis=1)).data,
+            _bytes(np.repeat(biases.view(scales.dtype).reshape(product.shape), times, axis=1)).data,
+        )
+
+
+def _as_mxfp8(rows: Rows, group_size: int) -> Quantized:
+    """FP8 codes with a power of two for each of their groups."""
+    groups = np.arange(rows.codes.shape[1] // group_size) * group_size
+    serving = groups // rows.group if rows.group else np.zeros_like(groups)
+    scales = np.broadcast_to(rows.scale, (rows.codes.shape[0], rows.scale.shape[1]))
+    return Quantized(_bytes(rows.codes).data, _bytes(scales[:, serving]).data, None)
+
+
+def held_bytes(spec: TensorSpec) -> int:
+    """Bytes of source data that reading this weight holds besides a piece."""
+    if spec.coding is None or spec.coding.layout not in TRANSPOSED:
+        return 0
+    return math.prod(spec.shape[-2:]) * spec.coding.bits // 8 * 2
+
+
+def _pieces(
+    spec: TensorSpec, sources: Sequence[SourceTensor], read: Read, nbytes: int
+) -> Iterator[tuple[_Matrix, Rows]]:
+    coding = spec.coding
+    assert coding is not None
+    rows, columns = spec.shape[-2:]
+    members = len(sources) // len(coding.roles)
+    leading = math.prod(spec.shape[:-2]) // members
+    step = _ROW_STEP.get(coding.layout, 1)
+    at_once = max(step, nbytes // max(1, columns * DTYPE_BYTES[spec.dtype]) // step * step)
+    for member in range(members):
+        parts = {role: sources[i * members + member] for i, role in enumerate(coding.roles)}
+        for index in range(leading):
+            matrix = _Matrix(coding, parts, (rows, columns), (index, leading), read)
+            for first in range(0, rows, at_once):
+                yield matrix, matrix.rows(first, min(rows, first + at_once))
+
+
+class _Matrix:
+    """One matrix of a coded weight; `place` is its index among the matrices in its tensors."""
+
+    def __init__(
+        self,
+        coding: Coding,
+        parts: Mapping[str, SourceTensor],
+        shape: tuple[int, int],
+        place: tuple[int, int],
+        read: Read,
+    ) -> None:
+        self.coding = coding
+        self._parts = parts
+        self._shape = shape
+        self._place = place
+        self._read = read
+        self._codes = self._words(CODES) if coding.layout in TRANSPOSED else None
+        self._scale = self._transposed_scale() if coding.layout in TRANSPOSED else None
+        self._zero = self._zero_points() if ZERO in parts else None
+        self._global = self._global_scale() if GLOBAL in parts else None
+        self._columns = self._floats(COLUMNS) if COLUMNS in parts else None
+        self._index = self._whole(INDEX).view(np.int32) if INDEX in parts else None
+
+    # -- rows ------------------------------------------------------------------------------------
+
+    def rows(self, first: int, last: int) -> Rows:
+        """Codes and parameters of rows `first` to `last`."""
+        scale = self._per_row(SCALE, first, last)
+        bias = self._per_row(BIAS, first, last) if BIAS in self._parts else None
+        return Rows(
+            self._codes_of(first, last),
+            scale,
+            self._parts[SCALE].dtype,
+            self._zero_of(first, last),
+            bias,
+            self.coding.block[1],
+        )
+
+    def numbers(self, rows: Rows) -> Floats:
+        """What the codes decode to, in float32."""
+        values = self._elements(rows.codes)
+        if rows.zero is not None:
+            values -= self._spread(rows.zero.astype(np.float32), rows)
+        scale = self._scale_values(rows)
+        values *= self._spread(scale, rows)
+        if rows.bias is not None:
+            bias = to_float32(_bytes(rows.bias), rows.scale_dtype).reshape(rows.bias.shape)
+            values += self._spread(bias, rows)
+        if self._columns is not None:
+            values *= self._columns
+        return values
+
+    def check_order(self, name: str) -> None:
+        """Raise BadWeights where columns of a group do not follow one another."""
+        index, size = self._index, self.coding.block[1]
+        if index is None or (index == -1).all():
+            return
+        if not np.array_equal(index, np.arange(index.size) // size):
+            raise BadWeights(
+                f"tensor {name!r}: {self._parts[INDEX].name!r} orders columns by activation, which "
+                "config.json (desc_act false) denies",
+                hint="--requantize decodes the weights, in whatever order they are",
+            )
+
+    def _elements(self, codes: npt.NDArray[np.uint8]) -> Floats:
+        element, bits = self.coding.element, self.coding.bits
+        table = _TABLES.get(element)
+        if table is None:
+            found = np.arange(1 << bits, dtype=np.float32)
+            half = 1 << (bits - 1)
+            table = np.where(found >= half, found - 2 * half, found) if element == "int" else found
+        return table.astype(np.float32, copy=False)[codes]
+
+    def _scale_values(self, rows: Rows) -> Floats:
+        """Scales as numbers, a global one taken in."""
+        if rows.scale_dtype in {"F8_E4M3", "F8_E4M3FN"}:
+            scale = E4M3[rows.scale]
+        elif rows.scale_dtype in {"U8", "F8_E8M0"}:
+            e4m3 = self.coding.element == "e2m1" and self.coding.block[1] == 16
+            scale = E4M3[rows.scale] if e4m3 else _e8m0(rows.scale)
+        else:
+            scale = to_float32(_bytes(rows.scale), rows.scale_dtype).reshape(rows.scale.shape)
+        if self._global is None:
+            return scale
+        if self.coding.global_scale == DIVIDES:
+            return scale / self._global
+        return scale * self._global
+
+    def _spread(self, values: Floats, rows: Rows) -> Floats:
+        """A value for each group as one for each column."""
+        columns = rows.codes.shape[1]
+        if values.shape[1] == 1:
+            return values
+        if self._index is not None and not (self._index == -1).all():
+            return values[:, self._index]
+        return np.repeat(values, rows.group, axis=1)[:, :columns]
+
+    @property
+    def _groups(self) -> int:
+        """Groups of a row; AWQ's gemv fills rows of scales up with zeros."""
+        return -(-self._shape[1] // self.coding.block[1])
+
+    # -- codes -----------------------------------------------------------------------------------
+
+    def _codes_of(self, first: int, last: int) -> npt.NDArray[np.uint8]:
+        layout, bits, columns = self.coding.layout, self.coding.bits, self._shape[1]
+        count = last - first
+        if layout == "gptq":
+            assert self._codes is not None
+            down = np.ascontiguousarray(self._codes[:, first:last].T)
+            return unpack(down.view(np.uint8), bits, columns)
+        if layout == "awq":
+            assert self._codes is not None
+            return np.ascontiguousarray(_awq(self._codes[:, first // 8 : last // 8]).T)
+        if layout == "nibble_rows":
+            both = self._raw_rows(CODES, first // 2, -(-last // 2), self._shape[0] // 2)
+            return np.stack([both & 15, both >> 4], axis=1).reshape(count, columns)
+        return self._row_codes(self._raw_rows(CODES, first, last, self._shape[0]), columns)
+
+    def _row_codes(self, raw: npt.NDArray[np.uint8], count: int) -> npt.NDArray[np.uint8]:
+        """Codes that follow one another in each row of bytes."""
+        if self.coding.layout == "words":
+            return unpack_words(raw.view("<u4"), self.coding.bits, count)
+        return unpack(raw, self.coding.bits, count)
+
+    # -- parts -----------------------------------------------------------------------------------
+
+    def _per_row(self, role: str, first: int, last: int) -> Array:
+        """Scales or biases of these rows, in their own dtype, one for each group."""
+        if self._scale is not None:
+            return self._scale[first:last]
+        part, (height, _) = self._parts[role], self.coding.block
+        kind = np.dtype(f"<u{DTYPE_BYTES[part.dtype]}")
+        if height == 0:
+            return self._whole(role).view(kind).reshape(1, -1)
+        stored = -(-self._shape[0] // height)
+        raw = self._raw_rows(role, first // height, -(-last // height), stored).view(kind)
+        if height == 1:
+            return raw[:, : self._groups] if self.coding.layout == "gemv" else raw
+        return raw[np.arange(first, last) // height - first // height]
+
+    def _transposed_scale(self) -> Array:
+        part = self._parts[SCALE]
+        kind = np.dtype(f"<u{DTYPE_BYTES[part.dtype]}")
+        return np.ascontiguousarray(self._whole(SCALE).view(kind).reshape(part.shape).T)
+
+    def _zero_of(self, first: int, last: int) -> npt.NDArray[np.int32] | None:
+        if self._zero is not None:
+            return self._zero if self._zero.shape[0] == 1 else self._zero[first:last]
+        if self.coding.element != "uint" or BIAS in self._parts:
+            return None
+        return np.full((1, 1), self.coding.zero, np.int32)
+
+    def _zero_points(self) -> npt.NDArray[np.int32]:
+        """All zero points, [rows, groups]; one row where they are the same for all."""
+        coding, part, rows = self.coding, self._parts[ZERO], self._shape[0]
+        if part.dtype == "I8":
+            signed = self._whole(ZERO).view(np.int8).astype(np.int32)
+            signed = signed.reshape(1 if part.elements == 1 else rows, -1)
+            return signed + coding.zero if coding.element == "uint" else signed
+        words = self._words(ZERO)
+        found: npt.NDArray[np.int32]
+        if coding.layout == "gptq":
+            found = unpack(words.view(np.uint8), coding.bits, rows).T.astype(np.int32)
+        elif coding.layout == "awq":
+            found = _awq(words).T.astype(np.int32)
+        elif coding.layout == "gemv":
+            found = unpack(words.view(np.uint8), coding.bits, self._groups).astype(np.int32)
+        else:  # down the columns, in the layout of the codes
+            down = np.ascontiguousarray(words.T).view(np.uint8)
+            found = self._row_codes(down, rows).T.astype(np.int32)
+        return (found + coding.zero_offset) & ((1 << coding.bits) - 1)
+
+    def _global_scale(self) -> np.float32:
+        found = self._whole(GLOBAL).view("<f4")
+        value = np.float32(found[self._place[0] if found.size > 1 else 0])
+        return value / np.float32(MAX_SCALE) if self.coding.global_scale == MLX_GLOBAL else value
+
+    def _words(self, role: str) -> npt.NDArray[np.uint32]:
+        return self._whole(role).view("<u4").reshape(self._parts[role].shape)
+
+    def _floats(self, role: str) -> Floats:
+        return to_float32(self._whole(role), self._parts[role].dtype)
+
+    def _whole(self, role: str) -> npt.NDArray[np.uint8]:
+        """The bytes of a part: this matrix's share where the tensor has one for each."""
+        part, (index, leading) = self._parts[role], self._place
+        shared = role in {GLOBAL, COLUMNS, INDEX} or part.elements % leading or (part.elements == 1)
+        nbytes = part.nbytes if shared else part.nbytes // leading
+        return self._bytes_at(part, 0 if shared else index * nbytes, nbytes)
+
+    def _raw_rows(self, role: str, first: int, last: int, rows: int) -> npt.NDArray[np.uint8]:
+        """Stored rows `first` to `last` of a part that has `rows` in each matrix."""
+        part, (index, leading) = self._parts[role], self._place
+        nbytes = part.nbytes // (rows * leading)
+        start = (index * rows + first) * nbytes
+        return self._bytes_at(part, start, (last - first) * nbytes).reshape(last - first, nbytes)
+
+    def _bytes_at(self, part: SourceTensor, start: int, nbytes: int) -> npt.NDArray[np.uint8]:
+        found = np.empty(nbytes, np.uint8)
+        self._read(part, start, found.data)
+        return found
+
+
+# -- packing ---------------------------------------------------------------------------------------
+
+
+def unpack(raw: npt.NDArray[np.uint8], bits: int, count: int) -> npt.NDArray[np.uint8]:
+    """Codes of each row of bytes: a stream of bits, the lowest first. [rows, count]"""
+    if bits == 8:
+        return raw[:, :count]
+    if bits == 4:
+        return np.stack([raw & 15, raw >> 4], axis=-1).reshape(raw.shape[0], -1)[:, :count]
+    stream = np.unpackbits(raw, axis=1, count=count * bits, bitorder="little")
+    codes = stream.reshape(raw.shape[0], count, bits)
+    found: npt.NDArray[np.uint8] = np.packbits(codes, axis=-1, bitorder="little")
+    return found.reshape(raw.shape[0], count)
+
+
+def unpack_words(words: npt.NDArray[np.uint32], bits: int, count: int) -> npt.NDArray[np.uint8]:
+    """Codes of rows of 32-bit words that hold whole codes, the lowest first. [rows, count]"""
+    shifts = np.arange(32 // bits, dtype=np.uint32) * np.uint32(bits)
+    codes = (words[..., None] >> shifts) & np.uint32((1 << bits) - 1)
+    return codes.astype(np.uint8).reshape(words.shape[0], -1)[:, :count]
+
+
+def pack(codes: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
+    """Rows of codes as MLX has them: a stream of bits, the lowest first. One dimension."""
+    if bits == 8:
+        return np.ascontiguousarray(codes).reshape(-1)
+    if bits == 4:
+        return (codes[:, 0::2] | (codes[:, 1::2] << np.uint8(4))).reshape(-1)
+    stream = np.unpackbits(codes[..., None], axis=-1, count=bits, bitorder="little")
+    words = np.packbits(stream.reshape(codes.shape[0], -1), axis=1, bitorder="little")
+    return _bytes(words)
+
+
+def _awq(words: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint8]:
+    """Codes of AWQ's words, eight outputs each. [inputs or groups, outputs]"""
+    halves = unpack_words(words, 4, 8 * words.shape[1]).reshape(words.shape[0], -1, 8)
+    found = np.empty_like(halves)
+    found[..., _AWQ_ORDER] = halves
+    return found.reshape(words.shape[0], -1)
+
+
+def _e8m0(codes: Array) -> Floats:
+    """Powers of two; 255 is not a number."""
+    found = np.ldexp(np.float32(1), codes.astype(np.int32) - 127)
+    return np.where(codes == 255, np.float32(np.nan), found).astype(np.float32)
+
+
+def _bytes(array: Array) -> npt.NDArray[np.uint8]:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
