@@ -164,21 +164,20 @@ def create(
 ) -> Created:
     """Import a checkpoint into the store under `name`, quantized on the way.
 
-    `source` is a directory, a GGUF file, or `org/repo[@revision]` on the Hugging Face Hub, fetched
-    first into its own library's cache (`fetching` is told of that).
-
-    Decides everything first (see `plan`), streams tensors through at most `workers` threads within
-    `memory` bytes for the whole process, and writes the manifest last: until then, and after any
-    failure, the store shows what it showed before. Blobs that an earlier, interrupted run finished
-    are checked and used, unless `restart`. These three change no digest; `device` "gpu" does, since
-    Metal and CUDA round differently (docs/formats.md).
+    `source` is a directory, a GGUF file, or `org/repo[@revision]` on the hub, fetched first into
+    the cache of huggingface_hub (`fetching` is told of that). Decides everything first (see
+    `plan`), streams tensors through at most `workers` threads within `memory` bytes for the whole
+    process, and writes the manifest last: until then, and after any failure, the store shows what
+    it showed before. Blobs that an earlier, interrupted run finished are checked and used, unless
+    `restart`. These three change no digest; `device` "gpu" does, since Metal and CUDA round
+    differently (docs/formats.md).
 
     `draft` is a draft model to store with the model, in the format `draft_quantize`. `source` may
     then name a stored model, whose blobs are used as they are. `merge_lora` is the directory of a
     LoRA adapter that is added to the weights, in float32, before they are quantized.
 
-    Raises BadName, BadRequest, BadSource, BadWeights, BadPlan, OverBudget and StoreError; each names
-    the file, tensor or name.
+    Raises BadName, BadRequest, BadSource, BadWeights, BadPlan, OverBudget and StoreError; each
+    names the file, tensor or name.
     """
     target = as_name(name)
     store = store or Store()
@@ -233,7 +232,7 @@ def _base(
         raise BadRequest(
             f"{base.name.display} is in the store already: its weights stay as they are",
             kind="base_is_stored",
-            hint="leave out --quantize; --draft-quantize is the draft model's",
+            hint="leave out --quantize and --requantize; --draft-quantize is the draft model's",
         )
     return base
 
