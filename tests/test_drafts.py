@@ -334,7 +334,7 @@ def test_a_stored_base_is_not_quantized_again(store: Store) -> None:
     assert "--draft-quantize" in str(caught.value.hint)
 
 
-@pytest.mark.parametrize("source", ["absent", "absent:tag", "a/b/c/d/e", "-", "x y"])
+@pytest.mark.parametrize("source", ["absent", "absent:tag", "a/b/c/d/e", "-", "x y", "a" * 300])
 def test_a_base_that_is_nowhere_is_named(store: Store, source: str) -> None:
     """Neither a directory nor a stored model: one error that says what may stand there."""
     with pytest.raises(BadSource, match=source) as caught:

@@ -231,8 +231,8 @@ def open_checkpoint(
     Raises BadSource or BadTensorFile, naming the file or tensor.
     """
     folder = Path(path)
-    if not folder.is_dir():
-        what = "is a file" if folder.exists() else "does not exist"
+    if not os.path.isdir(folder):  # of any text at all, unlike Path.is_dir
+        what = "is a file" if os.path.exists(folder) else "does not exist"
         raise BadSource(
             f"{folder} {what}",
             kind="not_a_model_dir",

@@ -84,8 +84,8 @@ def open_source(path: str | Path, *, follow_links: bool = False) -> OpenSource:
 
 
 def _gguf_file(path: Path, follow_links: bool) -> Path | None:
-    if not path.is_dir():
-        return path if path.name.endswith(GGUF_SUFFIX) and path.exists() else None
+    if not os.path.isdir(path):  # of any text at all, unlike Path.is_dir
+        return path if path.name.endswith(GGUF_SUFFIX) and os.path.exists(path) else None
     names = list_folder(path)
     found = sorted(name for name in names if name.endswith(GGUF_SUFFIX))
     if not found or any(name.endswith(SUFFIX) for name in names):
