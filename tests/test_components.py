@@ -398,6 +398,41 @@ def test_any_number_of_components_of_any_name(store: Store, pipeline: Path) -> N
     assert f"unet/{TO_K}" in {t.name for t in made.plan.tensors}
 
 
+def quantized_text_encoder(folder: Path) -> Path:
+    """Put a model that mlx-lm quantized in the text encoder's place."""
+    shutil.rmtree(folder / "text_encoder")
+    source = fixture("mlx-affine-4bit-gs64")
+    shutil.copytree(source, folder / "text_encoder")
+    return source
+
+
+def test_a_component_may_be_quantized_already(store: Store, pipeline: Path) -> None:
+    """Each component is what it is: one is copied as codes while the others stay floats."""
+    source = quantized_text_encoder(pipeline)
+    made = create("m", pipeline, store=store)
+    assert made.plan.kind == "prequantized, float"
+    with (
+        open_model("m", component="text_encoder", store=store) as model,
+        open_model(source) as original,
+    ):
+        assert list(model) == list(original)
+        for name in model:
+            assert np.array_equal(as_floats(model, name), as_floats(original, name))
+    with open_model("m", component="transformer", store=store) as model:
+        assert model.quantization == ""
+    assert show(store, "m").info["quantization"] == "INT4"
+    assert not verify(store).damage
+
+
+def test_requantize_reaches_every_component(store: Store, pipeline: Path) -> None:
+    """Decoding and quantizing again treats all components as floats, the vae kept as always."""
+    quantized_text_encoder(pipeline)
+    create("m", pipeline, store=store, requantize="int8")
+    for component, expected in (("text_encoder", "int8"), ("transformer", "int8"), ("vae", "")):
+        with open_model("m", component=component, store=store) as model:
+            assert model.quantization == expected
+
+
 def test_an_entry_without_a_class_is_no_component(store: Store, pipeline: Path) -> None:
     """`[null, null]`, flags and numbers in model_index.json list nothing."""
     change_index(pipeline, safety_checker=[None, None], requires_safety_checker=True, ratio=0.5)
@@ -589,12 +624,11 @@ def test_a_directory_that_is_wrong_is_refused(
     assert not store.list_names()
 
 
-def test_a_quantized_component_is_named(pipeline: Path) -> None:
-    """Each component is looked at by itself: one that cannot be imported is named."""
-    packed = {"a.weight": ("U32", (4, 16)), "a.scales": ("BF16", (4, 2))}
-    write_tensor_file(pipeline / "transformer" / WEIGHTS["transformer"], packed)
-    with pytest.raises(BadSource, match=r"^transformer: "):
-        plan(pipeline)
+def test_a_quantized_component_is_not_quantized_again(pipeline: Path) -> None:
+    """A format for a pipeline with quantized weights in it is refused; the component is named."""
+    quantized_text_encoder(pipeline)
+    with pytest.raises(BadPlan, match=r"^text_encoder: cannot requantize"):
+        plan(pipeline, quantize="int8")
 
 
 def test_a_bad_weight_is_named_with_its_component(store: Store, pipeline: Path) -> None:

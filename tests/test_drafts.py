@@ -167,6 +167,33 @@ def test_experts_of_a_draft_are_stacked(store: Store) -> None:
     assert not verify(store).damage
 
 
+def test_a_draft_may_be_quantized_already(store: Store) -> None:
+    """Codes of a quantized draft are copied beside a base that is quantized on the way."""
+    source = fixture("mlx-mxfp4")
+    create("m", BASE, store=store, quantize="int4", draft=source)
+    with open_model("m", component="draft", store=store) as draft, open_model(source) as original:
+        assert list(draft) == list(original)
+        assert draft.quantization == "mxfp4"
+        for name in draft:
+            assert np.array_equal(draft.decode(name), original.decode(name))
+    assert show(store, "m").format == "int4"
+    assert not verify(store).damage
+
+
+def test_a_draft_of_fp8_blocks_opens(store: Store) -> None:
+    """Weights that are recoded keep their names and numbers under the draft's prefix."""
+    source = fixture("hf-deepseek-v3-fp8-block")
+    create("m", BASE, store=store, draft=source)
+    alone = create("a", source, store=store)
+    with (
+        open_model("m", component="draft", store=store) as draft,
+        open_model(alone.name, store=store) as model,
+    ):
+        assert list(draft) == list(model)
+        for name in draft:
+            assert np.array_equal(draft.decode(name), model.decode(name))
+
+
 def test_show_tells_of_the_draft(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
     """Architecture and size of the draft have a line; the parameter count is the base's."""
     create("m", BASE, store=store, draft=DRAFT, draft_quantize="int8")

@@ -233,7 +233,7 @@ def _base(
         raise BadRequest(
             f"{base.name.display} is in the store already: its weights stay as they are",
             kind="base_is_stored",
-            hint="leave out --quantize; --draft-quantize is the draft model's",
+            hint="leave out --quantize and --requantize; --draft-quantize is the draft model's",
         )
     return base
 
