@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from functools import cache
@@ -26,7 +27,16 @@ from quantmill.errors import BadPlan, BadRequest, BadSource, BadWeights
 from quantmill.load import open_model
 from quantmill.model import Model
 from quantmill.planner import parse_override
-from quantmill.plans import CODES, DECODING, RECODE, ZERO, Options, TensorSpec
+from quantmill.plans import (
+    CODES,
+    DECODING,
+    RECODE,
+    ZERO,
+    Options,
+    TensorSpec,
+    plan_from_json,
+    plan_to_json,
+)
 from quantmill.store import Store
 from quantmill.verification import verify
 
@@ -323,6 +333,13 @@ def test_random_checkpoints_round_trip(
     check_numbers(model, written, factors=has_factors(case))
 
 
+@pytest.mark.parametrize("case", [cases[0] for cases in cases_by_scheme().values()], ids=str)
+def test_plans_of_every_scheme_survive_json(case: Case, tmp_path: Path) -> None:
+    """A plan that went through JSON says the same about codes, layouts and roles."""
+    found = plan(random_checkpoint(case, seed=9).write(tmp_path))
+    assert plan_from_json(json.loads(json.dumps(plan_to_json(found)))) == found
+
+
 # -- experts ---------------------------------------------------------------------------------------
 
 EXPERT_CASES = [
@@ -591,3 +608,19 @@ def test_weights_that_nothing_describes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(BadSource) as caught:
         plan(folder)
     assert caught.value.kind == "unknown_width"
+
+
+@pytest.mark.parametrize(("bits", "group_size"), [(1, 32), (1, 128), (2, 64), (3, 32), (5, 128)])
+def test_uncommon_widths_of_mlx_are_kept(bits: int, group_size: int, tmp_path: Path) -> None:
+    """Widths that MLX knows and no format name of Ollama's has come through as they are."""
+    name = "model.layers.0.self_attn.q_proj"
+    weight = mx.random.normal((64, 256), key=mx.random.key(0)).astype(mx.bfloat16)
+    parts = mx.quantize(weight, group_size=group_size, bits=bits)
+    (tmp_path / "m").mkdir()
+    arrays = dict(zip((f"{name}.{p}" for p in ("weight", "scales", "biases")), parts, strict=True))
+    mx.save_safetensors(str(tmp_path / "m" / "model.safetensors"), arrays)
+    said = {"quantization": {"bits": bits, "group_size": group_size}}
+    (tmp_path / "m" / "config.json").write_text(json.dumps(said))
+    model = imported(tmp_path / "m", tmp_path / "s").model
+    expected = mx.dequantize(*parts, group_size=group_size, bits=bits)
+    assert mx.array_equal(model.dequantize(f"{name}.weight"), expected)

@@ -51,6 +51,13 @@ def _words(count: int, bits: int, layout: str) -> int:
     return -(-count * bits // 32) if layout == "stream" else -(-count // (32 // bits))
 
 
+def _columns(words: int, bits: int, layout: str) -> int:
+    """Codes that fill so many 32-bit words, 0 where none do."""
+    if layout == "words":
+        return words * (32 // bits)
+    return 0 if words * 32 % bits else words * 32 // bits
+
+
 def _packed_width(found: Found) -> tuple[int, int, str]:
     """Bits, columns and layout of packed integers: from the recorded shape, else the config.
 
@@ -72,18 +79,10 @@ def _packed_width(found: Found) -> tuple[int, int, str]:
     fits: dict[tuple[int, int], str] = {}
     for layout in layouts:
         for bits in sorted(stated or range(2, 9)):
-            columns = (
-                recorded[1]
-                if recorded
-                else codes.shape[1] * (32 // bits if layout == "words" else 32 / bits)
-            )
-            whole = int(columns)
-            if (
-                whole == columns
-                and _words(whole, bits, layout) == codes.shape[1]
-                and (recorded or (stated and whole % scale.shape[-1] == 0))
-            ):
-                fits.setdefault((bits, whole), layout)
+            columns = recorded[1] if recorded else _columns(codes.shape[1], bits, layout)
+            known = recorded is not None or (stated and columns % scale.shape[-1] == 0)
+            if known and columns and _words(columns, bits, layout) == codes.shape[1]:
+                fits.setdefault((bits, columns), layout)
     if len(fits) == 1:
         (bits, columns), layout = fits.popitem()
         return bits, columns, layout
