@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,8 +24,10 @@ import pytest
 
 from checkpoints import SMALL, write_checkpoint
 from quantmill.checkpoint import open_checkpoint
+from quantmill.creation import create, plan
 from quantmill.errors import BadRequest, BadSource, NoSpace, QuantmillError
 from quantmill.hub import HubName, fetch, parse_hub_name
+from quantmill.store import Store
 
 pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed (quantmill[hub])")
 
@@ -899,3 +902,58 @@ def test_settings_of_the_environment_are_used(hub: Hub, home: Path, small: Path)
     lost = run(HF_HUB_OFFLINE="1", HF_HOME=str(home / "other"))
     assert "the cache does not hold org/small" in lost.stderr
     assert TOKEN not in lost.stderr
+
+
+# -- create ----------------------------------------------------------------------------------------
+
+
+def test_a_model_is_created_from_its_name(hub: Hub, small: Path, tmp_path: Path) -> None:
+    """A repository's name gives the model that its directory gives, digest for digest."""
+    hub.publish(small, "v1")
+    told: list[tuple[int, int, str]] = []
+    store = Store(tmp_path / "store")
+    named = create(
+        "m",
+        "org/small@v1",
+        store=store,
+        quantize="int4",
+        fetching=lambda *event: told.append(event),
+    )
+    assert named.digest == create("n", small, store=store, quantize="int4").digest
+    assert told[-1][0] == told[-1][1]
+    assert plan("org/small@v1", quantize="int4").blobs == named.plan.blobs
+
+
+def test_a_directory_comes_before_a_repository(
+    hub: Hub, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A path that exists is never looked for on the hub, nor is a Path that does not."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org").mkdir()
+    shutil.copytree(small, tmp_path / "org" / "small")
+    assert plan("org/small").tensors
+    with pytest.raises(BadSource, match="does not exist"):
+        plan(Path("org/other"))
+    assert not hub.requests
+
+
+def test_the_command_fetches_and_tells_what_is_missing(
+    hub: Hub, home: Path, small: Path, tmp_path: Path
+) -> None:
+    """`create NAME org/repo` works from the shell; a name that is neither is told as both."""
+    hub.publish(small)
+    settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "NO_COLOR": "1"}
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "quantmill", *arguments, "--store", str(tmp_path / "s")],
+            env={**os.environ, **settings}, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+    made = run("create", "m", "org/small", "-q", "int8", "--json")
+    assert made.returncode == 0, made.stderr
+    assert json.loads(made.stdout)["format"] == "int8"
+    lost = run("create", "m", "org/absent")
+    assert lost.returncode == 3
+    assert "no directory 'org/absent'" in lost.stderr
+    assert "on the hub" in lost.stderr

@@ -196,3 +196,34 @@ def test_mlx_lms_own_global_scales_are_factors_of_2688(tmp_path: Path) -> None:
     made = create("m", tmp_path / "m", store=store)
     for model in (open_model(tmp_path / "m"), open_model(made.name, store=store)):
         assert mx.array_equal(model.dequantize(f"{stem}.weight"), expected)
+
+
+CONVERSIONS: dict[str, dict[str, Any]] = {
+    "affine 4": {"q_bits": 4, "q_group_size": 64},
+    "affine 3 g32": {"q_bits": 3, "q_group_size": 32},
+    "affine 8 g128": {"q_bits": 8, "q_group_size": 128},
+    "mixed_4_6": {"quant_predicate": "mixed_4_6"},
+    "nvfp4": {"q_mode": "nvfp4", "q_bits": 4, "q_group_size": 16},
+    "mxfp4": {"q_mode": "mxfp4", "q_bits": 4, "q_group_size": 32},
+    "mxfp8": {"q_mode": "mxfp8", "q_bits": 8, "q_group_size": 32},
+}
+
+
+@pytest.mark.parametrize("name", CONVERSIONS)
+def test_what_mlx_lm_converts_decodes_as_mlx_lm_decodes_it(name: str, tmp_path: Path) -> None:
+    """A checkpoint made by mlx-lm here is imported whole, and equals mlx-lm's own dequantizing."""
+    from mlx.utils import tree_flatten
+    from mlx_lm import convert
+    from mlx_lm.utils import dequantize_model
+
+    folder = tmp_path / "mlx"
+    source = fixture("hf-llama-bf16")
+    convert(str(source), str(folder), quantize=True, **CONVERSIONS[name])
+    store = Store(tmp_path / "s")
+    made = create("m", folder, store=store)
+    assert {t.scheme.split()[0] for t in made.plan.tensors if t.scheme} == {"mlx"}
+    model = open_model(made.name, store=store)
+    theirs = dict(tree_flatten(dequantize_model(load_model(folder)[0]).parameters()))
+    assert theirs.keys() == set(model)
+    for tensor, values in theirs.items():
+        assert mx.array_equal(model.dequantize(tensor), values), tensor

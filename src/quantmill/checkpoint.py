@@ -293,7 +293,7 @@ def _unindexed_shards(names: Mapping[str, int]) -> list[str]:
                 f"the weights are pickles ({', '.join(pickles[:3])}), which are never opened: "
                 "loading one can run any program",
                 kind="pickled_weights",
-                hint="look for safetensors of the same model, or convert the files if you trust them",
+                hint="look for safetensors of the same model, or convert files that you trust",
             )
         other = sorted(n for n in names if n.endswith((SUFFIX, *_PICKLES, ".gguf")))
         found = f"; found {', '.join(other)}" if other else ""
