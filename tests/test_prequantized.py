@@ -624,3 +624,24 @@ def test_uncommon_widths_of_mlx_are_kept(bits: int, group_size: int, tmp_path: P
     model = imported(tmp_path / "m", tmp_path / "s").model
     expected = mx.dequantize(*parts, group_size=group_size, bits=bits)
     assert mx.array_equal(model.dequantize(f"{name}.weight"), expected)
+
+
+def test_a_pattern_that_also_covers_codes_says_what_they_need() -> None:
+    """Weights that a wildcard fits and that are quantized already are kept, visibly."""
+    found = plan(fixture("ct-nvfp4"), options=Options((parse_override("*=int8"),)))
+    codes = [t for t in found.tensors if t.keeps]
+    assert codes
+    assert all("*" in t.reason and "--requantize" in t.reason for t in codes)
+
+
+@pytest.mark.parametrize("name", ["ct-nvfp4", "ct-int4-w4a16", "hf-deepseek-v3-fp8-block"])
+def test_progress_ends_at_its_total(name: str, tmp_path: Path) -> None:
+    """Bytes that are reported add up to the bytes that there are to read."""
+    events: list[tuple[int, int]] = []
+    create(
+        "m",
+        fixture(name),
+        store=Store(tmp_path),
+        progress=lambda e: events.append((e.bytes, e.bytes_total)),
+    )
+    assert max(events)[0] == max(events)[1]

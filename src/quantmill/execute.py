@@ -91,6 +91,7 @@ class _Job:
     piece_bytes: int
     report: Callable[[Progress], None] | None
     tensors_total: int
+    bytes_total: int
     cancelled: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
     pending: set[Pending] = field(default_factory=set)  # whole files without a name yet
@@ -104,8 +105,9 @@ class _Job:
             self.tensors += tensors
             self.bytes += nbytes
             if self.report:
-                total = self.plan.source_bytes
-                self.report(Progress(self.tensors, self.tensors_total, self.bytes, total, blob))
+                self.report(
+                    Progress(self.tensors, self.tensors_total, self.bytes, self.bytes_total, blob)
+                )
 
 
 def write_blobs(
@@ -128,7 +130,7 @@ def write_blobs(
         journal.forget()
     job = _Job(
         plan, checkpoint, store, journal, _arithmetic(plan.options.profile), pace.piece_bytes,
-        progress, len(plan.tensors),
+        progress, len(plan.tensors), sum(_read_bytes(spec, checkpoint) for spec in plan.tensors),
     )  # fmt: skip
     done: dict[str, _Done] = {}
     new = 0
@@ -193,6 +195,11 @@ def _arithmetic(profile: str) -> Arithmetic:
 
         return quantize_on_gpu
     raise BadRequest(f"unknown rounding profile {profile!r}", hint="choose mlx-cpu or gpu")
+
+
+def _read_bytes(spec: TensorSpec, checkpoint: OpenSource) -> int:
+    """Bytes of source data that writing the tensor takes."""
+    return sum(checkpoint.source.tensors[name].nbytes for name in spec.reads)
 
 
 def _finish_blob(job: _Job, blob: BlobSpec) -> _Done:
@@ -336,7 +343,13 @@ def _maximum(job: _Job, spec: TensorSpec) -> float:
 
 def _pieces(job: _Job, blob: BlobSpec | None, spec: TensorSpec) -> Iterator[memoryview]:
     """The spec's data in pieces, valid until the next one is asked for, adapters' changes added."""
-    pieces = _own_pieces(job, blob, spec)
+    yield from _merged(job, spec, _own_pieces(job, blob, spec))
+    if blob is not None:
+        own = sum(job.checkpoint.source.tensors[name].nbytes for name in spec.sources)
+        job.advance(blob.name, _read_bytes(spec, job.checkpoint) - own)
+
+
+def _merged(job: _Job, spec: TensorSpec, pieces: Iterator[memoryview]) -> Iterator[memoryview]:
     if not any(spec.added):
         return pieces
     from quantmill.merging import merged

@@ -310,7 +310,9 @@ class _Chooser:
                 hint="--requantize decodes first; an adapter is best merged into float weights",
             )
         if decision is None:
-            return kept(name, members, stack=stack)
+            rule = self._fitting(name)
+            unmet = f"; --tensor {rule.pattern} needs --requantize" if rule and rule.format else ""
+            return kept(name, members, stack=stack, note=unmet)
         planned = decoded(name, members, decision, stack=stack, added=added)
         if not self._wants_global(decision.format):
             return planned

@@ -50,19 +50,20 @@ class Planned:
     metadata: Mapping[str, str]
 
 
-def kept(name: str, members: Sequence[Coded], *, stack: bool) -> Planned:
-    """The weight in the format that holds it without loss."""
+def kept(name: str, members: Sequence[Coded], *, stack: bool, note: str = "") -> Planned:
+    """The weight in the format that holds it without loss; `note` ends the reason."""
     first = members[0]
     assert first.format is not None
     if first.copied:
         specs = tuple(
-            _part(name, role, members, stack=stack) for role in _SUFFIX if role in first.parts
+            _part(name, role, members, stack, note) for role in _SUFFIX if role in first.parts
         )
         return Planned(specs, first.metadata)
     spec = TensorSpec(
         name, _sources(members), RECODE, first.parts[SCALE].dtype, _shape(members, stack=stack),
         first.format,
-        _RULE, f"{first.scheme}, codes and scales kept", scheme=first.scheme, coding=first.coding,
+        _RULE, f"{first.scheme}, codes and scales kept{note}",
+        scheme=first.scheme, coding=first.coding,
     )  # fmt: skip
     return Planned((spec,), first.format.metadata())
 
@@ -98,7 +99,7 @@ def _shape(members: Sequence[Coded], *, stack: bool) -> tuple[int, ...]:
     return (len(members), *members[0].shape) if stack else members[0].shape
 
 
-def _part(name: str, role: str, members: Sequence[Coded], *, stack: bool) -> TensorSpec:
+def _part(name: str, role: str, members: Sequence[Coded], stack: bool, note: str) -> TensorSpec:
     """One tensor of a weight that is copied."""
     first = members[0]
     part = first.parts[role]
@@ -108,7 +109,7 @@ def _part(name: str, role: str, members: Sequence[Coded], *, stack: bool) -> Ten
         transform = transform or STACK
     return TensorSpec(
         name + _SUFFIX[role], tuple(m.parts[role].name for m in members), transform, dtype, shape,
-        None, _RULE, f"{first.scheme}, copied without loss", scheme=first.scheme,
+        None, _RULE, f"{first.scheme}, copied without loss{note}", scheme=first.scheme,
         keeps=first.format if role == CODES else None, role=role,
     )  # fmt: skip
 
