@@ -170,6 +170,35 @@ def test_four_bit_codes_of_compressed_tensors_are_the_same_bytes(tmp_path: Path)
         np.testing.assert_array_equal(stored, np.asarray(source[name]).view(np.uint32))
 
 
+COPIED = {
+    "ct-nvfp4": (".weight_packed", ".weight_scale"),
+    "ct-mxfp4": (".weight_packed", ".weight_scale"),
+    "modelopt-nvfp4": (".weight", ".weight_scale"),
+    "hf-gpt-oss-mxfp4": ("_blocks", "_scales"),
+    "mlx-mxfp8": (".weight", ".scales"),
+    "mlx-mixed_4_6": (".weight", ".scales"),
+}
+
+
+@pytest.mark.parametrize("name", COPIED)
+def test_what_is_copied_has_the_bytes_of_its_source(name: str, tmp_path: Path) -> None:
+    """Codes and scales that an MLX format has as well are stored byte for byte."""
+    codes, scales = COPIED[name]
+    model = imported(fixture(name), tmp_path).model
+    source = load_arrays(fixture(name) / "model.safetensors")
+    modules = [n.removesuffix(scales) for n in source if n.endswith(scales)]
+    assert modules
+    for module in modules:
+        parts = model.parts(f"{module}.weight")
+        assert parts.scales is not None
+        for stored, original in ((parts.weight, codes), (parts.scales, scales)):
+            assert raw_bytes(stored) == raw_bytes(source[module + original])
+
+
+def raw_bytes(array: mx.array) -> bytes:
+    return np.asarray(array.view(mx.uint8)).tobytes()
+
+
 FP8 = ("ct-fp8-block", "ct-fp8-channel", "hf-deepseek-v3-fp8-block")
 
 
