@@ -21,13 +21,15 @@ LAYERS = [
     {"tensorfile", "ggufheader", "source", "plans", "manifest", "modelfile"},
     {"experts", "stacks", "classify", "policy", "planner", "modelconfig", "stored"}
     | {"coded", "floatcodes", "integercodes", "schemes", "prequantized", "hubfiles"}
-    | {"ggufnames", "ggufconfig", "gguftokenizer", "companions", "quantconfig", "quantparams"},
+    | {"ggufnames", "ggufconfig", "gguftokenizer", "ggufcodes"}
+    | {"companions", "quantconfig", "quantparams"},
     {
         "files",
         "store",
         "openfile",
         "checkpoint",
         "ggufsource",
+        "ggmlblocks",
         "opening",
         "weights",
         "elements",

@@ -62,7 +62,8 @@ def plan(
     BadPlan as `create` does.
     """
     request = Request(quantize, group_size, requantize)
-    with open_source(source, follow_links=follow_links) as checkpoint:
+    decode = request.wants_numbers(options)
+    with open_source(source, follow_links=follow_links, decode=decode) as checkpoint:
         return plan_for(checkpoint.source, request, options)
 
 
@@ -86,6 +87,11 @@ class Request:
     def decode(self) -> bool:
         """Whether quantized weights shall be decoded."""
         return self.requantize is not None
+
+    def wants_numbers(self, options: Options | None) -> bool:
+        """Whether a format is asked for that weights must be decoded for, in whatever way."""
+        rules = options.overrides if options else ()
+        return bool(self.decode or self.word) or any(rule.format for rule in rules)
 
     @property
     def word(self) -> str | None:
@@ -134,7 +140,8 @@ def create(
     store = store or Store()
     request = Request(quantize, group_size, requantize)
     options = on_device(device, options or Options())
-    with open_source(source, follow_links=follow_links) as checkpoint:
+    decode = request.wants_numbers(options)
+    with open_source(source, follow_links=follow_links, decode=decode) as checkpoint:
         found = checkpoint.source
         decided = plan_for(found, request, options)
         config = _config(decided, found, modelfile)

@@ -1,9 +1,11 @@
 """Open a GGUF file as a checkpoint: tensors under their original names, side files rebuilt.
 
-A block-quantized tensor shows as BF16, decoded by the gguf library while it is read. Float tensors
-keep their dtype, with one exception: converters widen norms and other small tensors to F32, so
-where the matrices are BF16 or block-quantized (or F16), all tensors stored as F32 show as BF16 (or
-F16) if not one value changes by that. Nothing in the file is trusted or executed.
+A weight whose type of block an MLX format holds without loss shows as these blocks, its rows put
+back in their order. Any other block-quantized tensor, and all of them where numbers are asked for,
+shows as BF16, decoded by the gguf library while it is read. Float tensors keep their dtype, with
+one exception: converters widen norms and other small tensors to F32, so all tensors stored as F32
+show in the dtype of the matrices (of their scales, where codes are kept) if not one value changes
+by that. Nothing in the file is trusted or executed.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,21 @@ from quantmill import mediatypes
 from quantmill.elements import Bytes, Floats, from_float32, to_float32
 from quantmill.errors import BadRequest, BadSource
 from quantmill.formats import DTYPE_BYTES
+from quantmill.ggufcodes import EXACT
 from quantmill.ggufconfig import Metadata, heads_of, rebuild_config, rebuild_generation_config
 from quantmill.ggufheader import Blocks, GgufTensor, bad_gguf, parse_header
 from quantmill.ggufnames import EMBEDDING, ROPE_FACTORS, Naming, name_tensors
 from quantmill.gguftokenizer import rebuild_tokenizer
 from quantmill.openfile import OpenFile
-from quantmill.source import CONFIG, DECIDING_TEXTS, MAX_TEXT, Source, SourceFile, SourceTensor
+from quantmill.source import (
+    CONFIG,
+    DECIDING_TEXTS,
+    MAX_TEXT,
+    RAW_BLOCKS,
+    Source,
+    SourceFile,
+    SourceTensor,
+)
 
 PIECE = 1 << 18
 """Elements decoded at once; the library needs some twenty bytes for each."""
@@ -58,8 +69,9 @@ class _View:
 class GgufCheckpoint:
     """An open GGUF file. Use as a context manager; `read_into` may be called from any thread."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, decode: bool = False) -> None:
         self.path = path
+        self._decode = decode
         self._library = _library()
         self._opened = _open(path)
         try:
@@ -124,14 +136,14 @@ class GgufCheckpoint:
         naming = name_tensors(header.tensors, str(found.name), layers, file)
         for name in naming:
             self._library.refuse_unreadable(header.tensors[name], file)
-        matrices = _matrix_dtype(header.tensors[name] for name in naming)
+        matrices = self._matrix_dtype(header.tensors, naming)
         narrow = self._narrowed(header.tensors, naming, matrices)
         tensors = dict(
             part for name, how in naming.items()
             for part in self._views_of(header.tensors[name], how, found, narrow)
         )  # fmt: skip
         factors = {n: self._factors(header.tensors[n]) for n in ROPE_FACTORS if n in header.tensors}
-        embedding = _dtype(header.tensors[EMBEDDING], narrow)
+        embedding = self._dtype(header.tensors[EMBEDDING], naming[EMBEDDING], narrow)
         config = rebuild_config(found, header, embedding, factors)
         self._rebuild_files(found, config)
         files = [*self._side_files(), *(_explained(header.tensors[n], file) for n in factors)]
@@ -157,7 +169,7 @@ class GgufCheckpoint:
     def _views_of(
         self, stored: GgufTensor, how: Naming, found: Metadata, narrow: str | None
     ) -> Iterator[tuple[str, SourceTensor]]:
-        dtype = _dtype(stored, narrow)
+        dtype, blocks = self._dtype(stored, how, narrow), stored.kind if stored.block > 1 else ""
         shape, count = _checkpoint_shape(stored, how, found)
         heads = heads_of(found)
         interleaved = {"q": heads.queries, "k": heads.keys}.get(how.interleaved, 0)
@@ -167,6 +179,8 @@ class GgufCheckpoint:
                 f"tensor {stored.name!r} has {shape[0]} rows for {interleaved} heads of "
                 f"{heads.width}",
             )
+        if self._keeps_codes(stored, how):
+            dtype, shape, stored = RAW_BLOCKS, *_as_bytes(shape, stored)
         elements = math.prod(shape)
         for n in range(count):
             name = f"{how.prefix}{n}.{how.suffix}" if how.experts else how.prefix
@@ -176,7 +190,28 @@ class GgufCheckpoint:
                 stored, first, dtype, columns, shape[0], interleaved, how.shift
             )
             start = stored.start + first // stored.block * stored.block_bytes
-            yield name, SourceTensor(name, dtype, shape, self.path.name, start)
+            yield name, SourceTensor(name, dtype, shape, self.path.name, start, blocks)
+
+    def _keeps_codes(self, stored: GgufTensor, how: Naming) -> bool:
+        """Whether a tensor shows as its blocks: a matrix, or a stack of them, of an exact type."""
+        return not (self._decode or how.shift) and stored.kind in EXACT and len(stored.shape) > 1
+
+    def _dtype(self, stored: GgufTensor, how: Naming, narrow: str | None) -> str:
+        """The dtype of a tensor's numbers, or of the scales where its codes are kept."""
+        if stored.kind == "F32":
+            return narrow or "F32"
+        if self._keeps_codes(stored, how):
+            return EXACT[stored.kind].dtype
+        return stored.kind if stored.kind in _FLOATS else "BF16"
+
+    def _matrix_dtype(self, tensors: Mapping[str, GgufTensor], naming: Mapping[str, Naming]) -> str:
+        """The dtype of the matrices: BF16 if any is that or decoded, else F16, else F32."""
+        found = {
+            self._dtype(tensors[name], how, None)
+            for name, how in naming.items()
+            if len(tensors[name].shape) > 1
+        }
+        return next((dtype for dtype in ("BF16", "F16") if dtype in found), "F32")
 
     def _narrowed(
         self, tensors: Mapping[str, GgufTensor], naming: Mapping[str, Naming], dtype: str
@@ -228,13 +263,14 @@ class GgufCheckpoint:
         return from_float32(values, view.dtype)
 
 
-def open_gguf(path: str | Path) -> GgufCheckpoint:
+def open_gguf(path: str | Path, *, decode: bool = False) -> GgufCheckpoint:
     """Open a GGUF file and read its header.
 
+    With `decode` every weight shows as numbers, else those whose codes can be kept as blocks.
     Raises BadSource, naming the file, for a file that is damaged or not understood, BadRequest when
     the gguf library is not installed.
     """
-    return GgufCheckpoint(Path(path))
+    return GgufCheckpoint(Path(path), decode=decode)
 
 
 # -- elements --------------------------------------------------------------------------------------
@@ -270,16 +306,11 @@ def _fits(values: Floats, dtype: str) -> bool:
     return bool(np.array_equal(again, values))
 
 
-def _dtype(stored: GgufTensor, narrow: str | None) -> str:
-    if stored.kind == "F32":
-        return narrow or "F32"
-    return stored.kind if stored.kind in _FLOATS else "BF16"
-
-
-def _matrix_dtype(tensors: Iterator[GgufTensor]) -> str:
-    """The dtype of the matrices: BF16 if any is that or quantized, else F16, else F32."""
-    found = {_dtype(t, None) for t in tensors if len(t.shape) > 1}
-    return next((dtype for dtype in ("BF16", "F16") if dtype in found), "F32")
+def _as_bytes(shape: tuple[int, ...], stored: GgufTensor) -> tuple[tuple[int, ...], GgufTensor]:
+    """A matrix and the tensor that stores it, with the bytes of its blocks for elements."""
+    row = shape[-1] // stored.block * stored.block_bytes
+    as_bytes = replace(stored, kind=RAW_BLOCKS, shape=(stored.nbytes,), block=1, block_bytes=1)
+    return (*shape[:-1], row), as_bytes
 
 
 def _checkpoint_shape(

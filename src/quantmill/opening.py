@@ -39,17 +39,20 @@ class OpenSource(Protocol):
     def __exit__(self, *_: object) -> None: ...
 
 
-def open_source(path: str | Path, *, follow_links: bool = False) -> OpenSource:
+def open_source(
+    path: str | Path, *, follow_links: bool = False, decode: bool = False
+) -> OpenSource:
     """Open a checkpoint directory, a GGUF file, or a directory whose only weights are such a file.
 
-    Raises BadSource as `open_checkpoint` and `open_gguf` do.
+    With `decode` the weights of a GGUF file show as numbers, whatever it stores. Raises BadSource
+    as `open_checkpoint` and `open_gguf` do.
     """
     found = _gguf_file(Path(path), follow_links)
     if found is None:
         return open_checkpoint(path, follow_links=follow_links)
     from quantmill.ggufsource import open_gguf
 
-    return open_gguf(found)
+    return open_gguf(found, decode=decode)
 
 
 def _gguf_file(path: Path, follow_links: bool) -> Path | None:

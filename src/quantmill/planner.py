@@ -11,6 +11,7 @@ from quantmill.classify import FLOAT, PREQUANTIZED, Kind
 from quantmill.coded import Coded, Recognised
 from quantmill.errors import BadPlan, BadRequest
 from quantmill.formats import FLOAT_DTYPES, MXFP8, Format, dtype_bytes, parse_format
+from quantmill.ggufcodes import EXACT, scheme_of
 from quantmill.plans import CAST, STACK, BlobSpec, Dropped, Options, Override, Plan, TensorSpec
 from quantmill.policy import Decision, Policy, decide, decide_draft, is_aligned, select_policy
 from quantmill.prequantized import Planned, decoded, kept, ordered_coded
@@ -165,6 +166,8 @@ class _Chooser:
         decision = self._decide(tensor, self.kind.format if asked else None)
         if decision.rule == "not_asked" and not asked:
             decision = Decision(None, "passed_through", "not part of a quantized weight")
+        if tensor.blocks:
+            decision = _of_decoded(tensor, decision)
         fmt = decision.format
         # anything that is not a plain float is cast before it is quantized (docs/formats.md)
         cast = fmt is not None and tensor.dtype not in FLOAT_DTYPES
@@ -180,6 +183,7 @@ class _Chooser:
             rule=decision.rule,
             reason=decision.reason,
             global_scale=self._wants_global(fmt),
+            scheme=scheme_of(tensor),
         )
 
     def coded(self, name: str, members: Sequence[Coded], *, stack: bool) -> Planned:
@@ -239,6 +243,14 @@ class _Chooser:
 def _fitting(name: str, overrides: Sequence[Override]) -> Override | None:
     """The last rule given that fits wins."""
     return next((o for o in reversed(overrides) if fnmatchcase(name, o.pattern)), None)
+
+
+def _of_decoded(tensor: SourceTensor, decision: Decision) -> Decision:
+    """The decision about a tensor of a GGUF file that is decoded while it is read."""
+    why = decision.reason
+    if decision.rule in {"not_asked", "passed_through"}:
+        why = "kept as numbers" if tensor.blocks in EXACT else "no format holds its codes"
+    return replace(decision, reason=f"{scheme_of(tensor)} decoded; {why}")
 
 
 def _overridden(tensor: SourceTensor, override: Override) -> Decision:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from quantmill.plans import CODES, DECODING, RECODE, ZERO
+from quantmill.plans import CODES, RECODE, ZERO
 
 if TYPE_CHECKING:  # values only: a report needs none of the machinery that makes them
     from quantmill.creation import Created
@@ -155,12 +155,16 @@ def scheme_lines(plan: Plan) -> list[str]:
     return [f"{_plural(n, 'weight')}: {what}" for what, n in sorted(counts.items())]
 
 
+def _keeps_codes(spec: TensorSpec) -> bool:
+    return spec.transform == RECODE or spec.keeps is not None
+
+
 def _cost(spec: TensorSpec) -> str:
     if spec.transform == RECODE:
         assert spec.coding is not None
         rounded = f", zero points rounded to {spec.dtype}" if ZERO in spec.coding.roles else ""
         return f"{spec.scheme}, codes and scales kept{rounded}"
-    if spec.transform not in DECODING:
+    if spec.keeps is not None:
         return f"{spec.scheme}, copied without loss"
     if spec.format is None:
         return f"{spec.scheme}, decoded to {spec.dtype}"
@@ -233,7 +237,7 @@ def created_warnings(created: Created) -> list[str]:
         for name, count in created.non_finite
     ]
     plan = created.plan
-    if any(s.transform in DECODING for s in plan.tensors):
+    if any(s.scheme and s.role == CODES and not _keeps_codes(s) for s in plan.tensors):
         lines += scheme_lines(plan)
     lines += _dropped_lines(plan)
     files = [f.name for f in created.plan.files if not f.media_type]
