@@ -116,10 +116,13 @@ def write_gguf(
     arch: str,
     tensors: Mapping[str, tuple[Floats, str]],
     keys: Mapping[str, Any] = KEYS,
+    *,
+    split: int = 0,
+    empty_first: bool = False,
     **more: Any,
 ) -> Path:
-    """A GGUF file. Keys without a known first part belong to the architecture."""
-    writer = GGUFWriter(path, arch)
+    """A GGUF file, or parts of `split` tensors each. `keys` belong to the architecture."""
+    writer = GGUFWriter(path, arch, split_max_tensors=split, small_first_shard=empty_first)
     for key, value in {**{f"{arch}.{k}": v for k, v in keys.items()}, **more}.items():
         _add(writer, key, value)
     for name, (values, kind) in tensors.items():

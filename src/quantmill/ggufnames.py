@@ -143,7 +143,7 @@ def name_tensors(
             raise BadSource(
                 f"{file}: tensor '{module}.weight' is missing",
                 kind="missing_tensor",
-                hint="the file is one part of several, or damaged",
+                hint="the file is damaged, or one part of several that were renamed",
             )
     return found
 

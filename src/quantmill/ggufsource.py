@@ -1,4 +1,4 @@
-"""Open a GGUF file as a checkpoint: tensors under their original names, side files rebuilt.
+"""Open a GGUF model as a checkpoint: tensors under their original names, side files rebuilt.
 
 A weight whose type of block an MLX format holds without loss shows as these blocks, its rows put
 back in their order. Any other block-quantized tensor, and all of them where numbers are asked for,
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from quantmill.errors import BadRequest, BadSource
 from quantmill.formats import DTYPE_BYTES
 from quantmill.ggufcodes import EXACT
 from quantmill.ggufconfig import Metadata, heads_of, rebuild_config, rebuild_generation_config
-from quantmill.ggufheader import Blocks, GgufTensor, bad_gguf, parse_header
+from quantmill.ggufheader import Blocks, GgufTensor, bad_gguf, join_parts, parse_header
 from quantmill.ggufnames import EMBEDDING, ROPE_FACTORS, Naming, name_tensors
 from quantmill.gguftokenizer import rebuild_tokenizer
 from quantmill.openfile import OpenFile
@@ -67,16 +67,18 @@ class _View:
 
 
 class GgufCheckpoint:
-    """An open GGUF file. Use as a context manager; `read_into` may be called from any thread."""
+    """An open GGUF model. Use as a context manager; `read_into` may be called from any thread."""
 
-    def __init__(self, path: Path, *, decode: bool = False) -> None:
-        self.path = path
+    def __init__(self, paths: Sequence[Path], *, decode: bool = False) -> None:
+        self.path = paths[0]
         self._decode = decode
         self._library = _library()
-        self._opened = _open(path)
+        self._parts: dict[str, OpenFile] = {}
         try:
-            if not self._opened.is_regular:
-                raise bad_gguf(path.name, "is not a regular file")
+            for path in paths:
+                self._parts[path.name] = _open(path)
+                if not self._parts[path.name].is_regular:
+                    raise bad_gguf(path.name, "is not a regular file")
             self._files: dict[str, bytes] = {}
             self._views: dict[str, _View] = {}
             self.source = self._inventory()
@@ -91,8 +93,9 @@ class GgufCheckpoint:
         self.close()
 
     def close(self) -> None:
-        """Close the file; the source value stays usable."""
-        self._opened.close()
+        """Close all files; the source value stays usable."""
+        for part in self._parts.values():
+            part.close()
 
     def read_into(self, tensor: SourceTensor, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` with the tensor's bytes from `offset` on; raises BadSource if they end."""
@@ -110,8 +113,7 @@ class GgufCheckpoint:
 
     def identity(self, tensor: SourceTensor) -> str:
         """What tells the file from any other, and from any later state of its own."""
-        del tensor
-        return self._opened.identity
+        return self._parts[tensor.file].identity
 
     def read_file(self, name: str) -> bytes:
         """The content of a rebuilt side file."""
@@ -120,22 +122,28 @@ class GgufCheckpoint:
         return self._files[name]
 
     def check_unchanged(self) -> None:
-        """Raise BadSource if the file was written to since it was opened."""
-        self._opened.check_unchanged()
+        """Raise BadSource if a file was written to since it was opened."""
+        for part in self._parts.values():
+            part.check_unchanged()
 
     # -- opening -----------------------------------------------------------------------------------
 
     def _inventory(self) -> Source:
         file = self.path.name
-        header = parse_header(self._opened.read, self._opened.size, self._library.blocks, file)
+        blocks = self._library.blocks
+        header = join_parts(
+            {
+                name: parse_header(part.read, part.size, blocks, name)
+                for name, part in self._parts.items()
+            }
+        )
         found = Metadata(header, file)
-        _refuse_parts(found)
         layers = found.whole("block_count")
         if layers > len(header.tensors):
             raise bad_gguf(file, f"it claims {layers} layers in {len(header.tensors)} tensors")
         naming = name_tensors(header.tensors, str(found.name), layers, file)
         for name in naming:
-            self._library.refuse_unreadable(header.tensors[name], file)
+            self._library.refuse_unreadable(header.tensors[name])
         matrices = self._matrix_dtype(header.tensors, naming)
         narrow = self._narrowed(header.tensors, naming, matrices)
         tensors = dict(
@@ -146,7 +154,7 @@ class GgufCheckpoint:
         embedding = self._dtype(header.tensors[EMBEDDING], naming[EMBEDDING], narrow)
         config = rebuild_config(found, header, embedding, factors)
         self._rebuild_files(found, config)
-        files = [*self._side_files(), *(_explained(header.tensors[n], file) for n in factors)]
+        files = [*self._side_files(), *(_explained(header.tensors[n]) for n in factors)]
         texts = {n: self._files[n].decode() for n in DECIDING_TEXTS if n in self._files}
         ordered = {name: tensors[name] for name in sorted(tensors)}
         return Source(config, ordered, tuple(sorted(files, key=lambda f: f.name)), (), texts)
@@ -175,7 +183,7 @@ class GgufCheckpoint:
         interleaved = {"q": heads.queries, "k": heads.keys}.get(how.interleaved, 0)
         if interleaved and (shape[0] != interleaved * heads.width or heads.width % 2):
             raise bad_gguf(
-                found.file,
+                stored.file,
                 f"tensor {stored.name!r} has {shape[0]} rows for {interleaved} heads of "
                 f"{heads.width}",
             )
@@ -190,7 +198,7 @@ class GgufCheckpoint:
                 stored, first, dtype, columns, shape[0], interleaved, how.shift
             )
             start = stored.start + first // stored.block * stored.block_bytes
-            yield name, SourceTensor(name, dtype, shape, self.path.name, start, blocks)
+            yield name, SourceTensor(name, dtype, shape, stored.file, start, blocks)
 
     def _keeps_codes(self, stored: GgufTensor, how: Naming) -> bool:
         """Whether a tensor shows as its blocks: a matrix, or a stack of them, of an exact type."""
@@ -233,11 +241,11 @@ class GgufCheckpoint:
     def _factors(self, stored: GgufTensor) -> list[float]:
         count = math.prod(stored.shape)
         if stored.kind != "F32" or len(stored.shape) != 1 or count > _MAX_FACTORS:
-            raise bad_gguf(self.path.name, f"tensor {stored.name!r} does not hold rotary factors")
+            raise bad_gguf(stored.file, f"tensor {stored.name!r} does not hold rotary factors")
         raw = self._elements(_View(stored, 0, "F32", count, 1), 0, count)
         values = [float(value) for value in raw.view(np.float32)]
         if not all(math.isfinite(value) and value > 0 for value in values):
-            raise bad_gguf(self.path.name, f"tensor {stored.name!r} does not hold rotary factors")
+            raise bad_gguf(stored.file, f"tensor {stored.name!r} does not hold rotary factors")
         return values
 
     # -- reading -----------------------------------------------------------------------------------
@@ -252,7 +260,7 @@ class GgufCheckpoint:
                 skip = begin - whole * block
             count = -(-end // block) - whole
             at = stored.start + whole * stored.block_bytes
-            raw.append(self._opened.read(at, count * stored.block_bytes))
+            raw.append(self._parts[stored.file].read(at, count * stored.block_bytes))
         data = np.frombuffer(b"".join(raw), np.uint8)
         if stored.kind == view.dtype and not view.shift:
             return data  # a block of one element: nothing to cut
@@ -263,14 +271,16 @@ class GgufCheckpoint:
         return from_float32(values, view.dtype)
 
 
-def open_gguf(path: str | Path, *, decode: bool = False) -> GgufCheckpoint:
-    """Open a GGUF file and read its header.
+def open_gguf(
+    path: str | Path, *, decode: bool = False, parts: Sequence[Path] = ()
+) -> GgufCheckpoint:
+    """Open a GGUF file, or the `parts` of one that is split, and read the headers.
 
     With `decode` every weight shows as numbers, else those whose codes can be kept as blocks.
     Raises BadSource, naming the file, for a file that is damaged or not understood, BadRequest when
     the gguf library is not installed.
     """
-    return GgufCheckpoint(Path(path), decode=decode)
+    return GgufCheckpoint(parts or [Path(path)], decode=decode)
 
 
 # -- elements --------------------------------------------------------------------------------------
@@ -322,14 +332,14 @@ def _checkpoint_shape(
         count = found.whole("expert_count")
         if len(shape) != 3 or shape[0] != count:
             raise bad_gguf(
-                found.file, f"tensor {stored.name!r} has shape {list(shape)} for {count} experts"
+                stored.file, f"tensor {stored.name!r} has shape {list(shape)} for {count} experts"
             )
         return shape[1:], count
     if how.prefix.endswith("shared_expert_gate.weight") and len(shape) == 1:
         return (1, *shape), 1  # converters drop the dimension
     matrix = how.prefix.endswith(".weight") and not how.prefix.endswith("norm.weight")
     if len(shape) != (2 if matrix else 1):
-        raise bad_gguf(found.file, f"tensor {stored.name!r} has shape {list(shape)}")
+        raise bad_gguf(stored.file, f"tensor {stored.name!r} has shape {list(shape)}")
     return shape, 1
 
 
@@ -351,7 +361,7 @@ class _Library:
             found = self.dequantize(data.reshape(1, -1), self.numbers[kind])
         return np.asarray(found, np.float32).reshape(-1)
 
-    def refuse_unreadable(self, tensor: GgufTensor, file: str) -> None:
+    def refuse_unreadable(self, tensor: GgufTensor) -> None:
         """Raise BadSource for a type that the library cannot decode."""
         problem = (
             "its values are not weights" if tensor.kind[0] == "I" and tensor.block == 1 else ""
@@ -362,7 +372,7 @@ class _Library:
             problem = problem or "the gguf library cannot decode it"
         if problem:
             raise BadSource(
-                f"{file}: tensor {tensor.name!r} has type {tensor.kind}: {problem}",
+                f"{tensor.file}: tensor {tensor.name!r} has type {tensor.kind}: {problem}",
                 kind="unsupported_gguf_type",
             )
 
@@ -391,17 +401,7 @@ def _open(path: Path) -> OpenFile:
         raise BadSource(f"{path}: {error.strerror}", kind="bad_gguf") from None
 
 
-def _refuse_parts(found: Metadata) -> None:
-    parts = found.get("split.count")
-    if type(parts) is int and parts > 1:
-        raise BadSource(
-            f"{found.file} is one of {parts} parts",
-            kind="unsupported_gguf_parts",
-            hint="join them with llama-gguf-split --merge",
-        )
-
-
-def _explained(stored: GgufTensor, file: str) -> SourceFile:
+def _explained(stored: GgufTensor) -> SourceFile:
     """A tensor that becomes part of config.json, for the list of what is left out."""
     reason = "a tensor; config.json says the same as rope_scaling"
-    return SourceFile(f"{file}:{stored.name}", stored.nbytes, None, reason)
+    return SourceFile(f"{stored.file}:{stored.name}", stored.nbytes, None, reason)
