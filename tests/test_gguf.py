@@ -539,6 +539,7 @@ def bpe(path: Path, pre: str, **more: Any) -> Path:
     ("pre", "digits"),
     [
         ("gpt-2", ["123", "4"]),
+        ("olmo", ["123", "4"]),
         ("smollm", ["1", "2", "3", "4"]),
         ("llama-bpe", ["<|x|>", "123", "4"]),
         ("qwen2", ["1", "2", "3", "4"]),

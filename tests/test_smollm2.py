@@ -45,14 +45,17 @@ def test_the_model_with_the_codes_of_its_file_answers_as_the_decoded_one(store: 
     assert answer(store, "smollm2:codes") == answer(store, "smollm2:bf16")
 
 
-def test_mlx_lm_gives_the_same_answer_for_the_same_weights(store: Store, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["smollm2:int8", "smollm2:codes"])
+def test_mlx_lm_gives_the_same_answer_for_the_same_weights(
+    name: str, store: Store, tmp_path: Path
+) -> None:
     """mlx-lm itself, loading the exported directory, generates the same text."""
-    export(open_model("smollm2:int8", store=store), tmp_path / "out", "mlx-lm")
+    export(open_model(name, store=store), tmp_path / "out", "mlx-lm")
     module, tokenizer = mlx_lm.load(str(tmp_path / "out"))
     module.set_dtype(mx.float32)
     prompt = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True)
     theirs = mlx_lm.generate(module, tokenizer, prompt, max_tokens=12)
-    assert theirs == answer(store, "smollm2:int8")[0]
+    assert theirs == answer(store, name)[0]
 
 
 def test_the_stored_model_verifies(store: Store) -> None:

@@ -202,7 +202,10 @@ class GgufCheckpoint:
 
     def _keeps_codes(self, stored: GgufTensor, how: Naming) -> bool:
         """Whether a tensor shows as its blocks: a matrix, or a stack of them, of an exact type."""
-        return not (self._decode or how.shift) and stored.kind in EXACT and len(stored.shape) > 1
+        return how.is_matrix and not self._decode and stored.kind in EXACT
+
+    def _keeps_small_floats(self, stored: GgufTensor, how: Naming) -> bool:
+        return self._keeps_codes(stored, how) and not EXACT[stored.kind].format.has_bias
 
     def _dtype(self, stored: GgufTensor, how: Naming, narrow: str | None) -> str:
         """The dtype of a tensor's numbers, or of the scales where its codes are kept."""
@@ -217,8 +220,9 @@ class GgufCheckpoint:
         found = {
             self._dtype(tensors[name], how, None)
             for name, how in naming.items()
-            if len(tensors[name].shape) > 1
-        }
+            # small floats with byte scales go with numbers of any dtype
+            if how.is_matrix and not self._keeps_small_floats(tensors[name], how)
+        } or {"BF16"}
         return next((dtype for dtype in ("BF16", "F16") if dtype in found), "F32")
 
     def _narrowed(
@@ -328,17 +332,16 @@ def _checkpoint_shape(
 ) -> tuple[tuple[int, ...], int]:
     """The shape of each tensor that a stored one stands for, and how many there are."""
     shape = stored.shape
-    if how.experts:
+    if how.experts or how.stacked:
         count = found.whole("expert_count")
-        if len(shape) != 3 or shape[0] != count:
+        if len(shape) != (2 if how.stacked and not how.is_matrix else 3) or shape[0] != count:
             raise bad_gguf(
                 stored.file, f"tensor {stored.name!r} has shape {list(shape)} for {count} experts"
             )
-        return shape[1:], count
+        return (shape, 1) if how.stacked else (shape[1:], count)
     if how.prefix.endswith("shared_expert_gate.weight") and len(shape) == 1:
         return (1, *shape), 1  # converters drop the dimension
-    matrix = how.prefix.endswith(".weight") and not how.prefix.endswith("norm.weight")
-    if len(shape) != (2 if matrix else 1):
+    if len(shape) != (2 if how.is_matrix else 1):
         raise bad_gguf(stored.file, f"tensor {stored.name!r} has shape {list(shape)}")
     return shape, 1
 

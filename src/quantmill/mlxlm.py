@@ -11,7 +11,7 @@ import importlib.util
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,7 +147,9 @@ def named_for(model: Model, target: nn.Module, *, keep_global: bool = False) -> 
     nvfp4 weights with a global scale, for which mlx-lm's layers have no place, are decoded to BF16;
     with `keep_global` they are refused. Raises BadPlan and Corrupt.
     """
-    parts = _unstacked(model, keep_global)
+    flat: Any = tree_flatten(target.parameters())
+    own = {name for name, _ in flat}
+    parts = _unstacked(model, keep_global, own)
     packed = {name: p for name, p in parts.items() if p.params is not None}
     formats = sorted({p.params.format for p in packed.values() if p.params})
 
@@ -201,11 +203,11 @@ def _sanitized(target: nn.Module, weights: dict[str, mx.array]) -> dict[str, mx.
     return found
 
 
-def _unstacked(model: Model, keep_global: bool) -> dict[str, Parts]:
+def _unstacked(model: Model, keep_global: bool, own: Collection[str]) -> dict[str, Parts]:
     """Every weight; stacks that were made of single experts taken apart again, as views.
 
     mlx-lm's classes expect either single experts or the stacked form that some models are published
-    in, whose names lack `.weight`.
+    in, whose names lack `.weight`; or, where that is one of their `own` names, the stack itself.
     """
     found: dict[str, Parts] = {}
     for name in model:
@@ -219,7 +221,7 @@ def _unstacked(model: Model, keep_global: bool) -> dict[str, Parts]:
                 )
             parts = Parts(model.dequantize(name))
         stack = stack_name(name)
-        if stack is None or parts.weight.ndim != 3:
+        if stack is None or name in own or parts.weight.ndim != 3:
             found[name] = parts
             continue
         for index in range(parts.weight.shape[0]):
