@@ -21,6 +21,7 @@ LAYERS = [
     {"tensorfile", "ggufheader", "source", "plans", "manifest", "modelfile"},
     {"experts", "stacks", "classify", "policy", "planner", "modelconfig", "stored"}
     | {"coded", "floatcodes", "integercodes", "schemes", "prequantized", "hubfiles"}
+    | {"pipelines", "adapters"}
     | {"ggufnames", "ggufconfig", "gguftokenizer", "ggufcodes"}
     | {"companions", "quantconfig", "quantparams"},
     {
@@ -31,6 +32,8 @@ LAYERS = [
         "ggufsource",
         "ggmlblocks",
         "opening",
+        "parts",
+        "components",
         "weights",
         "elements",
         "kernels",
@@ -41,12 +44,15 @@ LAYERS = [
         "pacing",
         "transforms",
         "coding",
+        "merging",
+        "adaptersource",
         "hub",
         "blas",
         "environment",
     },
     {
         "execute",
+        "drafts",
         "creation",
         "verification",
         "pruning",

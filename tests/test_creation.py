@@ -30,12 +30,11 @@ from checkpoints import (
 from quantmill import mediatypes
 from quantmill.checkpoint import open_checkpoint
 from quantmill.creation import create, plan, read_modelfile
-from quantmill.errors import BadPlan, BadSource, BadWeights
+from quantmill.errors import BadSource, BadWeights
 from quantmill.execute import Progress, write_blobs
 from quantmill.facts import show
 from quantmill.formats import FORMAT_NAMES, parse_format
 from quantmill.manifest import Manifest
-from quantmill.modelfile import parse_modelfile
 from quantmill.names import parse_name
 from quantmill.pacing import Pace
 from quantmill.planner import parse_override
@@ -344,14 +343,6 @@ def test_non_finite_weights_are_copied_exactly_when_kept(store: Store, tmp_path:
     name = "model.layers.0.mlp.down_proj.weight"
     stored = stored_array(store, store.get_manifest(made.name), name, name)
     assert stored[:2] == (0x7FC1).to_bytes(2, "little")
-
-
-def test_a_draft_model_is_refused_for_now(store: Store, tmp_path: Path) -> None:
-    """A DRAFT line is an error before anything is written, never ignored."""
-    source = write_checkpoint(tmp_path / "c", SMALL)
-    with pytest.raises(BadPlan, match="draft"):
-        create("m", source, store=store, modelfile=parse_modelfile("FROM .\nDRAFT ./d\n"))
-    assert not store.root.exists()
 
 
 def test_a_broken_side_file_is_refused_before_writing(store: Store, tmp_path: Path) -> None:

@@ -199,7 +199,11 @@ def test_other_spellings_give_the_same_weights(renamed: str, original: str) -> N
 
 # -- stored models ---------------------------------------------------------------------------------
 
-GOLDEN = sorted(p.name for p in FIXTURES.iterdir() if p.name.startswith("hf-"))
+GOLDEN = sorted(
+    p.name
+    for p in FIXTURES.iterdir()
+    if p.name.startswith("hf-") and not (p / "expected.safetensors").exists()
+)
 QUANTIZE = [None, "int4", "int8", "mxfp4", "mxfp8", "nvfp4"]
 
 

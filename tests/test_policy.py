@@ -252,7 +252,7 @@ def test_scalars_are_never_quantized() -> None:
 def test_every_architecture_has_rules() -> None:
     """Each policy in the architecture table has a function, and no key is listed twice."""
     keys = [key for listed in ARCHITECTURES.values() for key in listed]
-    assert RULES.keys() == {"default", *ARCHITECTURES}
+    assert RULES.keys() == {"default", "component", "vae", *ARCHITECTURES}
     assert len(keys) == len(set(keys))
 
 

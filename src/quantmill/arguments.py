@@ -58,6 +58,21 @@ StoreOption = Annotated[
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+SOURCE_HELP = "Checkpoint directory, GGUF file, or org/repo[@revision] on the Hugging Face Hub."
+SourceArgument = Annotated[str | None, typer.Argument(metavar="[SOURCE]", help=SOURCE_HELP)]
+ModelfileOption = Annotated[
+    Path | None,
+    typer.Option("--file", "-f", metavar="MODELFILE", help="Modelfile with FROM and more."),
+]
+LoraOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--merge-lora",
+        metavar="DIR",
+        help="LoRA adapter to add to the weights before they are quantized.",
+        **_complete_dir,
+    ),
+]
 QuantizeOption = Annotated[
     str | None,
     typer.Option(
@@ -121,6 +136,31 @@ NonFiniteOption = Annotated[
 ]
 LinksOption = Annotated[
     bool, typer.Option("--follow-links", help="Read links that lead out of the checkpoint.")
+]
+DraftOption = Annotated[
+    str | None,
+    typer.Option(
+        "--draft",
+        metavar="DIR",
+        help="Directory of a draft model to store with it. SOURCE may then name a stored model.",
+    ),
+]
+DraftQuantizeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--draft-quantize",
+        metavar="FORMAT",
+        help="Format of the draft model.",
+        autocompletion=_complete_format,
+    ),
+]
+ComponentOption = Annotated[
+    str | None,
+    typer.Option(
+        "--component",
+        metavar="COMPONENT",
+        help="One part of a model: text_encoder, transformer, vae, draft.",
+    ),
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", autocompletion=_complete_name)]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -33,13 +34,38 @@ _RUNTIME_NAMES = frozenset(
 _RUNTIME_SUFFIXES = (".jinja", ".tiktoken")
 
 
-class Checkpoint:
-    """An open checkpoint. Use as a context manager; `read_into` may be called from any thread."""
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How the files of a directory are named.
 
-    def __init__(self, path: Path, *, follow_links: bool = False, loose: bool = False) -> None:
+    An index, called one of `indexes`, says which files hold the weights; without one `shards` does,
+    given all names and sizes. `shards` None: there are no weights.
+    """
+
+    shards: Callable[[Mapping[str, int]], list[str]] | None
+    indexes: tuple[str, ...] = (INDEX,)
+    needs_config: bool = True
+
+
+class Checkpoint:
+    """An open checkpoint. Use as a context manager; `read_into` may be called from any thread.
+
+    `home` is the directory that links may not leave, where it is not `path` itself.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        follow_links: bool = False,
+        layout: Layout | None = None,
+        home: Path | None = None,
+    ) -> None:
         self.path = path
         self._follow_links = follow_links
-        self._loose = loose
+        self._layout = layout or MODEL_LAYOUT
+        self._home = home or path
+        self._index = ""
         self._files: dict[str, OpenFile] = {}
         try:
             self.source = self._inventory()
@@ -79,7 +105,8 @@ class Checkpoint:
 
     def _open(self, name: str) -> OpenFile:
         if name not in self._files:
-            self._files[name] = _open_file(self.path, name, self._follow_links)
+            refuse_link_outside(self._home, self.path / name, name, self._follow_links)
+            self._files[name] = _open_file(self.path, name)
         return self._files[name]
 
     def _json(self, name: str, kind: str) -> dict[str, Any]:
@@ -92,22 +119,19 @@ class Checkpoint:
 
     def _inventory(self) -> Source:
         names = list_folder(self.path)
-        if CONFIG not in names and not self._loose:
+        if CONFIG not in names and self._layout.needs_config:
             raise BadSource(
                 f"{self.path}: no {CONFIG}",
                 kind="missing_config",
                 hint="give the directory that holds config.json and the .safetensors files",
             )
         config = self._json(CONFIG, "invalid_config") if CONFIG in names else {}
-        weight_map = self._weight_map() if INDEX in names else {}
-        if weight_map:
-            shards = sorted(set(weight_map.values()))
-        elif self._loose:
-            shards = sorted(n for n in names if n.endswith(SUFFIX))
-        else:
-            shards = _unindexed_shards(names)
+        weight_map = self._weight_map(names)
+        choose = self._layout.shards
+        unindexed = choose(names) if choose and not weight_map else []
+        shards = sorted(set(weight_map.values())) or unindexed
         tensors, ignored = self._tensors(shards, weight_map)
-        if not tensors:
+        if not tensors and choose:
             raise BadSource(
                 f"{self.path}: no model weights in {', '.join(shards)}", kind="no_weights"
             )
@@ -130,18 +154,29 @@ class Checkpoint:
         except UnicodeDecodeError as error:
             raise BadSource(f"{name}: invalid UTF-8 at byte {error.start}") from None
 
-    def _weight_map(self) -> dict[str, str]:
-        found = self._json(INDEX, "bad_index").get("weight_map")
+    def _weight_map(self, names: Mapping[str, int]) -> dict[str, str]:
+        """Tensor → shard as the index says, {} without one."""
+        there = [name for name in self._layout.indexes if name in names]
+        if len(there) > 1:
+            raise BadSource(
+                f"{' and '.join(there)} both claim to name the weights",
+                kind="ambiguous_source",
+                hint="remove the one that does not belong to the model",
+            )
+        if not there:
+            return {}
+        self._index = index = there[0]
+        found = self._json(index, "bad_index").get("weight_map")
         if found is None:
             return {}
         if not isinstance(found, dict):
-            raise BadSource(f"{INDEX}: weight_map is not an object", kind="bad_index")
+            raise BadSource(f"{index}: weight_map is not an object", kind="bad_index")
         for tensor, shard in found.items():
             if not isinstance(shard, str):
-                raise BadSource(f"{INDEX}: {tensor!r} has no file name", kind="bad_index")
+                raise BadSource(f"{index}: {tensor!r} has no file name", kind="bad_index")
             if not _is_file_name(shard) or not shard.endswith(SUFFIX):
                 raise BadSource(
-                    f"{INDEX}: invalid shard path {shard!r} for {tensor!r}",
+                    f"{index}: invalid shard path {shard!r} for {tensor!r}",
                     kind="invalid_shard_path",
                     hint="shards must lie beside the index",
                 )
@@ -154,11 +189,11 @@ class Checkpoint:
         ignored: list[SourceTensor] = []
         for shard in shards:
             for tensor in self._shard_tensors(shard):
-                _place(tensor, found, ignored, weight_map)
+                _place(tensor, found, ignored, weight_map, self._index)
         for name, shard in weight_map.items():
             if name not in found:
                 raise BadSource(
-                    f"{INDEX} names tensor {name!r} in {shard}, which does not hold it",
+                    f"{self._index} names tensor {name!r} in {shard}, which does not hold it",
                     kind="missing_tensor",
                     hint="the download is incomplete or files of two versions are mixed",
                 )
@@ -178,7 +213,7 @@ class Checkpoint:
 
     def _side_files(self, names: Mapping[str, int], shards: set[str]) -> Iterator[SourceFile]:
         for name, size in sorted({**names, **_module_configs(self.path, names)}.items()):
-            if name in shards or name == INDEX:
+            if name in shards or name in self._layout.indexes:
                 continue
             media_type, reason = _role(name)
             yield SourceFile(name, size, media_type, reason)
@@ -196,14 +231,15 @@ def open_checkpoint(
     Raises BadSource or BadTensorFile, naming the file or tensor.
     """
     folder = Path(path)
-    if not folder.is_dir():
-        what = "is a file" if folder.exists() else "does not exist"
+    if not os.path.isdir(folder):  # of any text at all, unlike Path.is_dir
+        what = "is a file" if os.path.exists(folder) else "does not exist"
         raise BadSource(
             f"{folder} {what}",
             kind="not_a_model_dir",
             hint="give the directory that holds config.json and the .safetensors files",
         )
-    return Checkpoint(folder, follow_links=follow_links, loose=loose)
+    layout = LOOSE_LAYOUT if loose else MODEL_LAYOUT
+    return Checkpoint(folder, follow_links=follow_links, layout=layout)
 
 
 def read_side_file(folder: Path, name: str) -> bytes:
@@ -211,7 +247,8 @@ def read_side_file(folder: Path, name: str) -> bytes:
 
     Raises BadSource where the checkpoint's own `read_file` does.
     """
-    opened = _open_file(folder, name, follow_links=False)
+    refuse_link_outside(folder, folder / name, name, follow_links=False)
+    opened = _open_file(folder, name)
     try:
         return _text_bytes(opened)
     finally:
@@ -262,6 +299,7 @@ def _place(
     found: dict[str, SourceTensor],
     ignored: list[SourceTensor],
     weight_map: Mapping[str, str],
+    index: str,
 ) -> None:
     if tensor.name in found:
         raise BadSource(
@@ -276,7 +314,7 @@ def _place(
         return
     if weight_map[tensor.name] != tensor.file:
         raise BadSource(
-            f"{INDEX} places tensor {tensor.name!r} in {weight_map[tensor.name]}, "
+            f"{index} places tensor {tensor.name!r} in {weight_map[tensor.name]}, "
             f"but it is in {tensor.file}",
             kind="misplaced_tensor",
         )
@@ -293,6 +331,20 @@ def _module_configs(folder: Path, names: Mapping[str, int]) -> dict[str, int]:
         if entry.is_dir(follow_symlinks=False) and path.is_file():
             found[f"{entry.name}/{CONFIG}"] = path.stat().st_size
     return found
+
+
+def _every_shard(names: Mapping[str, int]) -> list[str]:
+    return sorted(name for name in names if name.endswith(SUFFIX))
+
+
+MODEL_LAYOUT = Layout(_unindexed_shards)
+"""One model: config.json, and `model*.safetensors` or what an index names."""
+
+LOOSE_LAYOUT = Layout(_every_shard, needs_config=False)
+"""A directory to load: every *.safetensors file, with or without config.json."""
+
+SIDE_LAYOUT = Layout(None, (), needs_config=False)
+"""Files beside weights, and no weights: a tokenizer, a scheduler."""
 
 
 def _is_file_name(text: str) -> bool:
@@ -331,11 +383,9 @@ def refuse_link_outside(folder: Path, path: Path, name: str, follow_links: bool)
     )
 
 
-def _open_file(folder: Path, name: str, follow_links: bool) -> OpenFile:
-    path = folder / name
-    refuse_link_outside(folder, path, name, follow_links)
+def _open_file(folder: Path, name: str) -> OpenFile:
     try:
-        opened = OpenFile(path, name)
+        opened = OpenFile(folder / name, name)
     except OSError as error:
         raise _cannot_open(name, error) from None
     if not opened.is_regular:

@@ -15,13 +15,19 @@ import typer
 
 from quantmill import conversation, terminal
 from quantmill.arguments import (
+    SOURCE_HELP,
+    ComponentOption,
     Device,
     DeviceOption,
+    DraftOption,
+    DraftQuantizeOption,
     GlobalScaleOption,
     GroupOption,
     JsonOption,
     LinksOption,
+    LoraOption,
     MemoryOption,
+    ModelfileOption,
     NameArgument,
     NamesArgument,
     NonFiniteOption,
@@ -34,6 +40,7 @@ from quantmill.arguments import (
     RestartOption,
     Rounding,
     RoundingOption,
+    SourceArgument,
     StoreOption,
     TensorOption,
     WorkersOption,
@@ -42,7 +49,9 @@ from quantmill.errors import BadRequest, QuantmillError
 from quantmill.version import __version__
 
 if TYPE_CHECKING:
+    from quantmill.creation import Created
     from quantmill.execute import Progress
+    from quantmill.modelfile import Modelfile
     from quantmill.names import ModelName
     from quantmill.plans import Options
     from quantmill.store import Store
@@ -91,17 +100,15 @@ def _name(text: str) -> ModelName:
 @app.command()
 def create(
     name: Annotated[str, typer.Argument(metavar="NAME")],
-    source: Annotated[
-        Path | None, typer.Argument(metavar="[SOURCE]", help="Checkpoint directory.")
-    ] = None,
+    source: SourceArgument = None,
     quantize: QuantizeOption = None,
     requantize: RequantizeOption = None,
     group_size: GroupOption = None,
     tensor: TensorOption = None,
-    modelfile: Annotated[
-        Path | None,
-        typer.Option("--file", "-f", metavar="MODELFILE", help="Modelfile with FROM and more."),
-    ] = None,
+    modelfile: ModelfileOption = None,
+    draft: DraftOption = None,
+    draft_quantize: DraftQuantizeOption = None,
+    merge_lora: LoraOption = None,
     profile: ProfileOption = Profile.MLX_CPU,
     device: DeviceOption = Device.CPU,
     e8m0: RoundingOption = Rounding.CEIL,
@@ -115,16 +122,12 @@ def create(
     json_output: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Import a checkpoint directory under NAME, quantized on the way."""
-    from quantmill import creation, report
+    """Import a checkpoint under NAME, quantized on the way. A repository is fetched first."""
+    from quantmill import creation
 
     target = _name(name)
     options = _options(tensor, profile, e8m0, global_scale, allow_non_finite)
-    parsed, folder = creation.read_modelfile(modelfile) if modelfile else (None, source)
-    if source is not None and parsed is not None and folder is not None:
-        _refuse_two_sources(source, folder)
-    if folder is None:
-        raise BadRequest("no checkpoint given", hint="name its directory, or a Modelfile with -f")
+    parsed, folder = _inputs(source, draft, modelfile)
     started = time.monotonic()
     with terminal.progress(not quiet and not json_output) as bar:
         created = creation.create(
@@ -136,20 +139,52 @@ def create(
             group_size=group_size,
             options=options,
             modelfile=parsed,
+            draft=draft,
+            draft_quantize=draft_quantize,
+            merge_lora=merge_lora,
             device=device.value,
             workers=workers,
             memory=_memory(memory),
             restart=restart,
             follow_links=follow_links,
             progress=bar and (lambda e: bar(e.bytes, e.bytes_total, _count(e))),
+            fetching=bar and (lambda done, total, what: bar(done, total, f"fetching {what}")),
         )
-    ignored = [f"the Modelfile's {what} is ignored" for what in parsed.ignored] if parsed else []
+    _tell_created(created, parsed, time.monotonic() - started, quiet, json_output)
+
+
+def _inputs(
+    source: str | None, draft: str | None, modelfile: Path | None
+) -> tuple[Modelfile | None, str | Path]:
+    """The Modelfile where one is given, and the source that it or the command line names."""
+    from quantmill import creation
+
+    if modelfile is None:
+        if source is None:
+            raise BadRequest(
+                "no checkpoint given", hint="name its directory, or a Modelfile with -f"
+            )
+        return None, source
+    parsed, folder = creation.read_modelfile(modelfile)
+    _refuse_two(source, folder, "SOURCE is {} but the Modelfile's FROM means {}")
+    named = parsed.draft or None
+    _refuse_two(draft, named, "--draft is {} but the Modelfile's DRAFT means {}")
+    return parsed, folder
+
+
+def _tell_created(
+    created: Created, parsed: Modelfile | None, seconds: float, quiet: bool, as_json: bool
+) -> None:
+    from quantmill import report
+
+    lines = parsed.ignored if parsed else ()
     if not quiet:
+        ignored = [f"the Modelfile's {what} is ignored" for what in lines]
         terminal.warn([*ignored, *report.created_warnings(created)])
-    if json_output:
-        terminal.print_json(report.created_json(created, parsed.ignored if parsed else ()))
+    if as_json:
+        terminal.print_json(report.created_json(created, lines))
     elif not quiet:
-        terminal.print_lines(report.created_lines(created, time.monotonic() - started))
+        terminal.print_lines(report.created_lines(created, seconds))
 
 
 def _memory(text: str | None) -> int | None:
@@ -165,20 +200,21 @@ def _count(event: Progress) -> str:
     return f"{event.tensors}/{event.tensors_total} tensors"
 
 
-def _refuse_two_sources(source: Path, folder: Path) -> None:
-    if source.resolve() != folder.resolve():
-        raise BadRequest(
-            f"SOURCE is {source} but the Modelfile's FROM means {folder}", hint="give one of them"
-        )
+def _refuse_two(given: str | None, named: str | Path | None, what: str) -> None:
+    if given is not None and named is not None and Path(given).resolve() != Path(named).resolve():
+        raise BadRequest(what.format(given, named), hint="give one of them")
 
 
 @app.command()
 def plan(
-    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Checkpoint directory.")],
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help=SOURCE_HELP)],
     quantize: QuantizeOption = None,
     requantize: RequantizeOption = None,
     group_size: GroupOption = None,
     tensor: TensorOption = None,
+    draft: DraftOption = None,
+    draft_quantize: DraftQuantizeOption = None,
+    merge_lora: LoraOption = None,
     profile: ProfileOption = Profile.MLX_CPU,
     e8m0: RoundingOption = Rounding.CEIL,
     global_scale: GlobalScaleOption = False,
@@ -197,6 +233,10 @@ def plan(
         requantize=requantize,
         group_size=group_size,
         options=options,
+        draft=draft,
+        draft_quantize=draft_quantize,
+        merge_lora=merge_lora,
+        store=_store(store),
         follow_links=follow_links,
     )
     free = _store(store).free_bytes()
@@ -354,6 +394,7 @@ def export(
     name: NameArgument,
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A directory not there yet.")],
     to: Annotated[str, typer.Option("--to", metavar="mlx-lm|hf", help="Layout.")] = "mlx-lm",
+    component: ComponentOption = None,
     store: StoreOption = None,
     json_output: JsonOption = False,
 ) -> None:
@@ -362,7 +403,7 @@ def export(
     from quantmill.export import export as write
     from quantmill.load import open_model
 
-    with open_model(name, store=_store(store)) as model:
+    with open_model(name, component=component, store=_store(store)) as model:
         written = write(model, folder, to)
     if json_output:
         terminal.print_json(report.exported_json(written))

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from quantmill import mediatypes, modelconfig, strictjson
-from quantmill.classify import classify
+from quantmill import mediatypes, modelconfig, pipelines, strictjson
+from quantmill.adaptersource import with_adapter
+from quantmill.classify import FLOAT, Kind, classify
 from quantmill.digests import Digest
-from quantmill.errors import BadPlan, BadRequest, BadSource, Corrupt, StoreError
+from quantmill.drafts import Base, Numbers, open_with_draft, stored_base, with_draft
+from quantmill.errors import BadRequest, BadSource, Corrupt, StoreError
 from quantmill.execute import Progress, Written, recorded_options, write_blobs
 from quantmill.formats import parse_request
 from quantmill.manifest import BlobRef, manifest_bytes, parse_manifest
 from quantmill.modelfile import Modelfile, decode_modelfile, parse_modelfile
 from quantmill.names import ModelName, as_name
-from quantmill.opening import OpenSource, open_source
+from quantmill.opening import OpenSource, Report, locate, open_source
 from quantmill.pacing import pace
-from quantmill.planner import make_plan
+from quantmill.parts import naming
+from quantmill.planner import make_plan, merge_plans, plan_part
 from quantmill.plans import Options, Plan
-from quantmill.source import Source
+from quantmill.source import ADAPTER, CONFIG, DRAFT, MODEL, MODEL_INDEX, Source
 from quantmill.store import Store
 from quantmill.version import __version__
 
@@ -33,6 +37,7 @@ class Created:
     """What `create` wrote. `non_finite` pairs tensors with their count of NaN and infinities.
 
     `new_blobs` were not in the store before; `resumed` were there and known from an earlier run.
+    `base` is the stored model that a draft model was added to; the plan is then the draft's alone.
     """
 
     name: ModelName
@@ -43,6 +48,7 @@ class Created:
     resumed: int
     size: int
     non_finite: tuple[tuple[str, int], ...]
+    base: ModelName | None = None
 
 
 def plan(
@@ -52,24 +58,31 @@ def plan(
     group_size: int | None = None,
     options: Options | None = None,
     requantize: str | None = None,
+    draft: str | Path | None = None,
+    draft_quantize: str | None = None,
+    merge_lora: str | Path | None = None,
+    store: Store | None = None,
     follow_links: bool = False,
+    fetching: Report | None = None,
 ) -> Plan:
     """Everything that `create` would do with this checkpoint directory, and nothing done.
 
     `quantize` names a format, None keeps source precision; `group_size` replaces the format's own.
     `requantize` does the same to weights that are quantized already, which are decoded first;
-    "bf16" only decodes them. Reads headers and small files only. Raises BadSource, BadRequest and
-    BadPlan as `create` does.
+    "bf16" only decodes them. `store` matters for a `draft` only, whose base may lie there. Reads
+    headers and small files only. Raises BadSource, BadRequest and BadPlan as `create` does.
     """
-    request = Request(quantize, group_size, requantize)
-    decode = request.wants_numbers(options)
-    with open_source(source, follow_links=follow_links, decode=decode) as checkpoint:
+    request = Request(quantize, group_size, requantize, draft_quantize)
+    base = _base(store, source, request, draft)
+    with _opened(
+        source, draft, merge_lora, base, request.numbers(options), follow_links, fetching
+    ) as checkpoint:
         return plan_for(checkpoint.source, request, options)
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """The format asked for: of float weights, or, after decoding, of quantized ones.
+    """The formats asked for: of float weights, or, after decoding, of quantized ones; of a draft.
 
     A wrong word is told here, before anything is opened: raises BadRequest.
     """
@@ -77,21 +90,24 @@ class Request:
     quantize: str | None = None
     group_size: int | None = None
     requantize: str | None = None
+    draft_quantize: str | None = None
 
     def __post_init__(self) -> None:
         if self.requantize is not None and self.quantize:
             raise BadRequest("--quantize and --requantize exclude each other", hint="give one")
         parse_request(self.word, self.group_size)
+        parse_request(self.draft_quantize)
 
     @property
     def decode(self) -> bool:
         """Whether quantized weights shall be decoded."""
         return self.requantize is not None
 
-    def wants_numbers(self, options: Options | None) -> bool:
-        """Whether a format is asked for that weights must be decoded for, in whatever way."""
+    def numbers(self, options: Options | None) -> Numbers:
+        """Of which parts of a model numbers are needed: a format is asked for, in whatever way."""
         rules = options.overrides if options else ()
-        return bool(self.decode or self.word) or any(rule.format for rule in rules)
+        ruled = any(rule.format for rule in rules)
+        return Numbers(bool(self.decode or self.word) or ruled, bool(self.draft_quantize) or ruled)
 
     @property
     def word(self) -> str | None:
@@ -102,9 +118,35 @@ class Request:
 
 
 def plan_for(source: Source, request: Request, options: Options | None = None) -> Plan:
-    """The plan for a source whose headers are read already."""
-    kind = classify(source, request.word, request.group_size, decode=request.decode)
-    return make_plan(source, kind, options, version=__version__, decode=request.decode)
+    """The plan for a source whose headers are read already; each part is planned by itself."""
+    if not source.parts:
+        kind = _kind(source, request)
+        return make_plan(source, kind, options, version=__version__, decode=request.decode)
+    if request.decode and not any(_is_quantized(part.source) for part in source.parts):
+        _kind(source.parts[0].source, request)  # says that there is nothing to decode
+    plans = []
+    parts = [part for part in source.parts if part.role != ADAPTER]
+    for part in parts:
+        own = Request(request.draft_quantize) if part.role == DRAFT else request
+        if own.decode and not _is_quantized(part.source):
+            own = Request(own.word, own.group_size)
+        with naming(part.folder):
+            kind = _kind(part.source, own)
+            adapter = source.adapter if part.role == MODEL else None
+            plans.append(
+                plan_part(
+                    part, kind, options, version=__version__, decode=own.decode, adapter=adapter
+                )
+            )
+    return merge_plans(source, parts, plans)
+
+
+def _kind(source: Source, request: Request) -> Kind:
+    return classify(source, request.word, request.group_size, decode=request.decode)
+
+
+def _is_quantized(source: Source) -> bool:
+    return classify(source, None).name != FLOAT
 
 
 def create(
@@ -117,37 +159,48 @@ def create(
     options: Options | None = None,
     requantize: str | None = None,
     modelfile: Modelfile | None = None,
+    draft: str | Path | None = None,
+    draft_quantize: str | None = None,
+    merge_lora: str | Path | None = None,
     device: str = "cpu",
     workers: int | None = None,
     memory: int | None = None,
     restart: bool = False,
     follow_links: bool = False,
     progress: Callable[[Progress], None] | None = None,
+    fetching: Report | None = None,
 ) -> Created:
-    """Import a checkpoint directory into the store under `name`, quantized on the way.
+    """Import a checkpoint into the store under `name`, quantized on the way.
 
-    Decides everything first (see `plan`), streams tensors through at most `workers` threads within
-    `memory` bytes for the whole process, and writes the manifest last: until then, and after any
-    failure, the store shows what it showed before. Blobs that an earlier, interrupted run finished
-    are checked and used, unless `restart`. The same input gives the same manifest digest whatever
-    these three are. `device` "gpu" has MLX quantize on Metal or CUDA, which round differently
-    (docs/formats.md).
+    `source` is a directory, a GGUF file, or `org/repo[@revision]` on the hub, fetched first into
+    the cache of huggingface_hub (`fetching` is told of that). Decides everything first (see
+    `plan`), streams tensors through at most `workers` threads within `memory` bytes for the whole
+    process, and writes the manifest last: until then, and after any failure, the store shows what
+    it showed before. Blobs that an earlier, interrupted run finished are checked and used, unless
+    `restart`. These three change no digest; `device` "gpu" does, since Metal and CUDA round
+    differently (docs/formats.md).
 
-    Raises BadName, BadRequest, BadSource, BadWeights (NaN or infinite weights), BadPlan, OverBudget
-    and StoreError; each names the file, tensor or name.
+    `draft` is a draft model to store with the model, in the format `draft_quantize`. `source` may
+    then name a stored model, whose blobs are used as they are. `merge_lora` is the directory of a
+    LoRA adapter that is added to the weights, in float32, before they are quantized.
+
+    Raises BadName, BadRequest, BadSource, BadWeights, BadPlan, OverBudget and StoreError; each
+    names the file, tensor or name.
     """
     target = as_name(name)
     store = store or Store()
-    request = Request(quantize, group_size, requantize)
+    request = Request(quantize, group_size, requantize, draft_quantize)
+    draft = draft or (modelfile.draft if modelfile else None)
+    base = _base(store, source, request, draft)
     options = on_device(device, options or Options())
-    decode = request.wants_numbers(options)
-    with open_source(source, follow_links=follow_links, decode=decode) as checkpoint:
+    with _opened(
+        source, draft, merge_lora, base, request.numbers(options), follow_links, fetching
+    ) as checkpoint:
         found = checkpoint.source
         decided = plan_for(found, request, options)
-        config = _config(decided, found, modelfile)
-        side_files = list(_side_files(checkpoint, decided))
+        config = mediatypes.CONFIG, None, _config(decided, found, modelfile, base)
         chosen = pace(decided, workers, memory)
-        additions = [(mediatypes.CONFIG, None, config), *side_files, *_additions(modelfile)]
+        additions = [config, *_side_files(checkpoint, decided), *_additions(modelfile)]
         # a thread of its own: waiting for the disk costs the weights no time
         with store.writing(), ThreadPoolExecutor(1, "quantmill-files") as beside:
             small = beside.submit(_put_all, store, additions)
@@ -156,20 +209,73 @@ def create(
             )
             config_ref, *rest = small.result()
             refs = [*written.refs, *rest]
-            _check_present(store, [*refs, config_ref])
-            raw = manifest_bytes(config_ref, refs)
-            store.put_manifest(target, raw)
-    return _created(store, target, decided, raw, written)
+            raw = _publish(store, target, config_ref, _entries(base, refs) if draft else refs)
+    return _created(store, target, decided, raw, written, base)
+
+
+def _publish(store: Store, target: ModelName, config: BlobRef, refs: Sequence[BlobRef]) -> bytes:
+    """Write the manifest, once everything it names is there; its bytes."""
+    _check_present(store, [*refs, config])
+    raw = manifest_bytes(config, refs)
+    store.put_manifest(target, raw)
+    return raw
 
 
 def _created(
-    store: Store, target: ModelName, decided: Plan, raw: bytes, written: Written
+    store: Store, target: ModelName, decided: Plan, raw: bytes, written: Written, base: Base | None
 ) -> Created:
     manifest = parse_manifest(raw, target.display)
     return Created(
         store.spelling(target), manifest.digest, decided, len(manifest.blobs), written.new_blobs,
         written.resumed, manifest.total_size, tuple(written.non_finite.items()),
+        base.name if base else None,
     )  # fmt: skip
+
+
+def _base(
+    store: Store | None, source: str | Path, request: Request, draft: str | Path | None
+) -> Base | None:
+    """The stored model that a draft model is added to, None where `source` is a checkpoint."""
+    modelconfig.check_draft_request(str(draft) if draft else None, request.draft_quantize)
+    base = stored_base(store or Store(), source) if draft else None
+    if base and (request.word or request.decode):
+        raise BadRequest(
+            f"{base.name.display} is in the store already: its weights stay as they are",
+            kind="base_is_stored",
+            hint="leave out --quantize and --requantize; --draft-quantize is the draft model's",
+        )
+    return base
+
+
+def _opened(
+    source: str | Path,
+    draft: str | Path | None,
+    adapter: str | Path | None,
+    base: Base | None,
+    numbers: Numbers,
+    follow_links: bool,
+    fetching: Report | None = None,
+) -> OpenSource:
+    place = locate(source, fetching) if base is None else source
+    if adapter is not None:  # it is added to numbers
+        numbers = replace(numbers, of_model=True)
+    if draft is None:
+        opened = open_source(place, follow_links=follow_links, decode=numbers.of_model)
+    else:
+        small = locate(draft, fetching)
+        opened = open_with_draft(place, small, base, numbers, follow_links=follow_links)
+    if adapter is None:
+        return opened
+    return with_adapter(opened, adapter, follow_links=follow_links)
+
+
+def _entries(base: Base | None, written: Sequence[BlobRef]) -> list[BlobRef]:
+    """The entries of a model with a draft: what a base has stays but for texts given anew."""
+    given = {ref.media_type for ref in written if ref.name is None}
+    if mediatypes.TEMPLATE in given:
+        given.add(mediatypes.PROMPT)  # its old name
+    kept = [ref for ref in base.refs if ref.media_type not in given] if base else []
+    return with_draft([*kept, *written])
 
 
 def on_device(device: str, options: Options) -> Options:
@@ -193,21 +299,30 @@ def on_device(device: str, options: Options) -> Options:
     return replace(options, profile=profile)
 
 
-def _config(decided: Plan, source: Source, modelfile: Modelfile | None) -> bytes:
-    if modelfile is not None and modelfile.draft:
-        raise BadPlan(
-            f"the Modelfile names a draft model ({modelfile.draft}), which cannot be imported",
-            kind="draft_unsupported",
-            hint="remove the DRAFT line",
-        )
-    how = modelconfig.serving(modelconfig.detect(source.texts), modelfile)
-    recorded = recorded_options(decided.options)
+def _config(decided: Plan, source: Source, modelfile: Modelfile | None, base: Base | None) -> bytes:
+    stored = dict(base.config) if base else {}
+    how = modelconfig.serving_of(stored, modelfile) if base else _serving(source, modelfile)
+    own = stored.get("quantmill")
+    recorded = (own if isinstance(own, dict) else {}) | recorded_options(decided.options)
+    draft = source.draft
+    # a stored base keeps its own; the plan is then the draft's
     config = modelconfig.model_config(
-        decided.format.name if decided.format else "",
+        decided.format.name if decided.format and not base else "",
         how,
-        base={"quantmill": recorded} if recorded else None,
+        draft=modelconfig.draft_record(draft.source.texts.get(CONFIG)) if draft else None,
+        base=stored | ({"quantmill": recorded} if recorded else {}),
     )
     return modelconfig.config_json(config)
+
+
+def _serving(source: Source, modelfile: Modelfile | None) -> modelconfig.Serving:
+    if not source.is_pipeline:
+        return modelconfig.serving(modelconfig.detect(source.texts), modelfile)
+    found = modelconfig.Serving(pipelines.capabilities(source.config))
+    if modelfile is None:
+        return found
+    parser, renderer = modelfile.parser, modelfile.renderer
+    return replace(found, parser=parser, renderer=renderer, requires=modelfile.requires)
 
 
 _Addition = tuple[str, str | None, bytes]
@@ -223,7 +338,15 @@ def _side_files(checkpoint: OpenSource, decided: Plan) -> Iterable[_Addition]:
                 strictjson.parse(data, constants=True)
             except strictjson.BadJson as error:
                 raise BadSource(f"{file.name}: {error}", kind="bad_json") from None
+        if file.name == MODEL_INDEX and checkpoint.source.is_pipeline:
+            data = _stored_index(checkpoint.source, decided)
         yield str(file.media_type), file.name, data
+
+
+def _stored_index(source: Source, decided: Plan) -> bytes:
+    weights = sum(spec.weights for spec in decided.tensors if spec.shape)
+    configs = {part.name: part.source.config for part in source.parts}
+    return pipelines.stored_index(source.config, weights, decided.format, configs)
 
 
 def _additions(modelfile: Modelfile | None) -> Iterable[_Addition]:
@@ -265,10 +388,10 @@ def _vanished(ref: BlobRef) -> Corrupt:
     )
 
 
-def read_modelfile(path: str | Path) -> tuple[Modelfile, Path]:
-    """A Modelfile and the checkpoint directory its FROM line means.
+def read_modelfile(path: str | Path) -> tuple[Modelfile, str | Path]:
+    """A Modelfile, its DRAFT line made a path, and the directory its FROM line means.
 
-    A relative FROM is looked up beside the Modelfile, then in the current directory. Raises
+    Relative ones are looked up beside the Modelfile, then in the current directory. Raises
     BadModelfile, or BadSource when the file cannot be read.
     """
     file = Path(path)
@@ -277,5 +400,12 @@ def read_modelfile(path: str | Path) -> tuple[Modelfile, Path]:
     except OSError as error:
         raise BadSource(f"{file}: {error.strerror}", kind="modelfile_unreadable") from None
     parsed = parse_modelfile(text)
-    beside = file.parent / parsed.source
-    return parsed, beside if beside.exists() else Path(parsed.source)
+    if parsed.draft:
+        parsed = replace(parsed, draft=str(_meant(file, parsed.draft)))
+    return parsed, _meant(file, parsed.source)
+
+
+def _meant(file: Path, text: str) -> str | Path:
+    """The path that a line of a Modelfile names, or the line itself."""
+    beside = file.parent / text
+    return beside if os.path.exists(beside) else text

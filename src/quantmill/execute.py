@@ -335,9 +335,18 @@ def _maximum(job: _Job, spec: TensorSpec) -> float:
 
 
 def _pieces(job: _Job, blob: BlobSpec | None, spec: TensorSpec) -> Iterator[memoryview]:
-    """The spec's data in pieces, valid until the next one is asked for.
+    """The spec's data in pieces, valid until the next one is asked for, adapters' changes added."""
+    pieces = _own_pieces(job, blob, spec)
+    if not any(spec.added):
+        return pieces
+    from quantmill.merging import merged
 
-    A piece never spans two sources, and all but a source's last hold whole groups.
+    return merged(spec, pieces, job.checkpoint.source.tensors, job.checkpoint.read_into)
+
+
+def _own_pieces(job: _Job, blob: BlobSpec | None, spec: TensorSpec) -> Iterator[memoryview]:
+    """What the source holds. A piece never spans two sources; all but a source's last hold whole
+    groups.
     """
     tensors = job.checkpoint.source.tensors
     if spec.transform in DECODING:

@@ -1,7 +1,8 @@
 """Export: a stored model as a directory that other tools open.
 
 `mlx-lm`: parameter names, per-module quantization in config.json, shards with an index, as
-`mlx_lm.load` reads them. `hf`: decoded safetensors under the stored names.
+`mlx_lm.load` reads them. `hf`: decoded safetensors under the stored names; a model of components
+becomes a diffusers directory again.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from quantmill import mlxlm
-from quantmill.errors import BadRequest
+from quantmill import mlxlm, pipelines, strictjson
+from quantmill.errors import BadRequest, Corrupt
 from quantmill.files import translated
 from quantmill.formats import DTYPE_BYTES, Format
 from quantmill.model import Model
-from quantmill.source import CONFIG, INDEX, QUANTIZATION_CONFIG
+from quantmill.source import CONFIG, MODEL_INDEX, QUANTIZATION_CONFIG
 from quantmill.tensorfile import lay_out
 
 SHARD_BYTES = 5 << 30
@@ -121,26 +122,66 @@ def _logical(tensor: _Tensor, formats: Mapping[str, Format]) -> int:
 
 
 def _write_hf(model: Model, folder: Path, shard_bytes: int) -> _Written:
+    if mlxlm.is_pipeline(model):
+        return _write_components(model, folder, shard_bytes)
     tensors = [t for name in model for t in _decoded(model, name)]
     mlxlm.write_files(model, folder)
-    config = {
-        k: v for k, v in model.config.items() if k not in {"quantization", "quantization_config"}
-    }
-    _write_json(folder / CONFIG, config)
-    (folder / QUANTIZATION_CONFIG).unlink(missing_ok=True)
+    _write_plain_config(folder, model.config)
     return _write_shards(folder, tensors, shard_bytes, {})
 
 
-def _decoded(model: Model, name: str) -> Iterator[_Tensor]:
+def _write_plain_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """A component's or model's config without what it says about quantization."""
+    plain = {k: v for k, v in config.items() if k not in {"quantization", "quantization_config"}}
+    if plain != config or not (folder / CONFIG).exists():
+        _write_json(folder / CONFIG, plain)
+    (folder / QUANTIZATION_CONFIG).unlink(missing_ok=True)
+
+
+def _write_components(model: Model, folder: Path, shard_bytes: int) -> _Written:
+    """Each component in its folder, under the file names that diffusers looks for."""
+    mlxlm.write_files(model, folder)
+    configs: dict[str, Mapping[str, Any]] = {}
+    shards: list[str] = []
+    tensors = nbytes = 0
+    for name in mlxlm.component_names(model):
+        prefix = f"{name}/"
+        if name in {"", ".", ".."}:
+            raise Corrupt(f"{model.where}: component {name!r} leads out of the model")
+        (folder / name).mkdir(exist_ok=True)
+        configs[name] = config = _json_file(model, prefix + CONFIG)
+        if config:
+            _write_plain_config(folder / name, config)
+        found = [t for n in model if n.startswith(prefix) for t in _decoded(model, n, prefix)]
+        stem = pipelines.weights_stem(config)
+        files, count, size = _write_shards(folder / name, found, shard_bytes, {}, stem, "pt")
+        shards += [prefix + file for file in files]
+        tensors, nbytes = tensors + count, nbytes + size
+    index = pipelines.exported_index(_json_file(model, MODEL_INDEX), configs)
+    _write_json(folder / MODEL_INDEX, index)
+    return tuple(shards), tensors, nbytes
+
+
+def _json_file(model: Model, name: str) -> dict[str, Any]:
+    if name not in model.files:
+        return {}
+    try:
+        return strictjson.parse_object(model.read_file(name), constants=True)
+    except strictjson.BadJson as error:
+        raise Corrupt(f"{model.where}: {name}: {error}", kind="bad_json") from None
+
+
+def _decoded(model: Model, name: str, prefix: str = "") -> Iterator[_Tensor]:
     """The weight as floats; a stack of experts as the single experts it was made of."""
+    written = name.removeprefix(prefix)
     params, shape = model.params(name), model.shape(name)
     if params is None:
         dtype = model.dtype(name)
     else:
         dtype = model.scale_dtype(name) if params.format.has_bias else "BF16"
-    stack = mlxlm.stack_name(name) if len(shape) == 3 else None
+    stack = mlxlm.stack_name(written) if len(shape) == 3 else None
     if stack is None:
-        yield _Tensor(name, dtype, shape, lambda: model.decode(name))
+        yield _Tensor(written, dtype, shape, lambda: model.decode(name))
         return
     for index in range(shape[0]):
         yield _Tensor(
@@ -159,7 +200,12 @@ def _lazy(name: str, array: mx.array) -> _Tensor:
 
 
 def _write_shards(
-    folder: Path, tensors: Iterable[_Tensor], shard_bytes: int, metadata: Mapping[str, int]
+    folder: Path,
+    tensors: Iterable[_Tensor],
+    shard_bytes: int,
+    metadata: Mapping[str, int],
+    stem: str = "model",
+    made_for: str = "mlx",
 ) -> _Written:
     shards: list[list[_Tensor]] = []
     size = 0
@@ -170,26 +216,27 @@ def _write_shards(
         shards[-1].append(tensor)
         size += tensor.nbytes
     names = [
-        "model.safetensors"
+        f"{stem}.safetensors"
         if len(shards) == 1
-        else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        else f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors"
         for i in range(1, len(shards) + 1)
     ]
     weight_map: dict[str, str] = {}
     for file, shard in zip(names, shards, strict=True):
-        _write_shard(folder / file, shard)
+        _write_shard(folder / file, shard, made_for)
         weight_map |= {tensor.name: file for tensor in shard}
     total = sum(t.nbytes for shard in shards for t in shard)
     index = {
         "metadata": {"total_size": total, **metadata},
         "weight_map": dict(sorted(weight_map.items())),
     }
-    _write_json(folder / INDEX, index)
+    if len(names) > 1 or made_for == "mlx":  # diffusers takes an index for a sign of many shards
+        _write_json(folder / f"{stem}.safetensors.index.json", index)
     return tuple(names), len(weight_map), total
 
 
-def _write_shard(path: Path, tensors: list[_Tensor]) -> None:
-    header, _ = lay_out([(t.name, t.dtype, t.shape) for t in tensors], {"format": "mlx"})
+def _write_shard(path: Path, tensors: list[_Tensor], made_for: str) -> None:
+    header, _ = lay_out([(t.name, t.dtype, t.shape) for t in tensors], {"format": made_for})
     with translated(path), path.open("wb") as file:
         file.write(header)
         for tensor in tensors:

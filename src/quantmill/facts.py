@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from quantmill import mediatypes, strictjson
 from quantmill.errors import Corrupt, NotFound, QuantmillError
 from quantmill.manifest import Manifest
+from quantmill.modelconfig import DRAFT_TENSOR_PREFIX
 from quantmill.names import ModelName, as_name
 from quantmill.source import CONFIG, MODEL_INDEX
 from quantmill.store import Store
@@ -44,7 +45,10 @@ class FormatShare:
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What `show` tells. `info` has Ollama's keys; `bits_per_weight` counts all tensor data."""
+    """What `show` tells. `info` has Ollama's keys; `bits_per_weight` counts all tensor data.
+
+    `draft` is the model's draft model, whose tensors are among the others, where it has one.
+    """
 
     name: ModelName
     digest: str
@@ -62,6 +66,17 @@ class ModelFacts:
     shares: tuple[FormatShare, ...]
     files: tuple[tuple[str, int], ...]
     tensors: tuple[StoredTensor, ...]
+    draft: DraftFacts | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DraftFacts:
+    """The draft model of a model."""
+
+    architecture: str
+    tensors: int
+    weights: int
+    nbytes: int
 
 
 def list_models(store: Store) -> list[Listed]:
@@ -94,6 +109,7 @@ def show(store: Store, name: str | ModelName) -> ModelFacts:
     tensors = tuple(t for ref in manifest.tensor_refs() for t in describe_ref(store, ref))
     weights = sum(t.elements for t in tensors)
     data = sum(t.nbytes for t in tensors)
+    draft = _draft(config.get("draft"), tensors)
     files = [
         (ref.name or ref.media_type.rpartition(".")[2], ref.size)
         for ref in manifest.blobs
@@ -110,13 +126,23 @@ def show(store: Store, name: str | ModelName) -> ModelFacts:
         renderer=str(config.get("renderer") or ""),
         requires=str(config.get("requires") or ""),
         recorded=_of_type(dict, config.get("quantmill")),
-        info=_info(store, manifest, weights),
+        info=_info(store, manifest, weights - (draft.weights if draft else 0)),
         weights=weights,
         bits_per_weight=8 * data / weights if weights else 0.0,
         shares=shares(tensors),
         files=tuple(files),
         tensors=tensors,
+        draft=draft,
     )
+
+
+def _draft(record: Any, tensors: tuple[StoredTensor, ...]) -> DraftFacts | None:
+    if not isinstance(record, dict):
+        return None
+    prefix = str(record.get("tensor_prefix") or DRAFT_TENSOR_PREFIX)
+    own = [t for t in tensors if t.name.startswith(prefix)]
+    weights, nbytes = sum(t.elements for t in own), sum(t.nbytes for t in own)
+    return DraftFacts(str(record.get("architecture") or ""), len(own), weights, nbytes)
 
 
 def shares(tensors: tuple[StoredTensor, ...]) -> tuple[FormatShare, ...]:

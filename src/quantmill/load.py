@@ -78,7 +78,7 @@ def _from_manifest(
     where: str, store: Store, manifest: Manifest, component: str | None, verify: bool
 ) -> Model:
     part = _part(store, manifest, component)
-    refs = [r for r in manifest.tensor_refs() if (r.name or "").startswith(part.tensors)]
+    refs = [r for r in manifest.tensor_refs() if part.holds(r)]
     if not refs:
         what = f"no component {component!r}" if component else "no tensor blobs"
         raise NotFound(f"{where} has {what}", kind="no_component" if component else "no_tensors")
@@ -102,12 +102,14 @@ def _from_manifest(
         for r in manifest.blobs
         if r.name and r.media_type in {mediatypes.JSON, mediatypes.FILE}
     }
+    own = [name.removeprefix(part.files) for name, r in files.items() if part.holds(r)]
 
     def read(name: str) -> bytes:
-        return store.read_blob(files[name].digest, MAX_JSON)
+        return store.read_blob(files[part.files + name].digest, MAX_JSON)
 
-    index = read(MODEL_INDEX) if MODEL_INDEX in files else b"{}"
-    return _model(where, tensors, read, list(files), part.files, index, stored=True)
+    index = files.get(MODEL_INDEX)
+    said = store.read_blob(index.digest, MAX_JSON) if index else b"{}"
+    return _model(where, tensors, read, own, said, stored=True)
 
 
 def _header(where: str, store: Store, ref: BlobRef, bad: Set[Digest]) -> TensorFile:
@@ -122,24 +124,45 @@ def _header(where: str, store: Store, ref: BlobRef, bad: Set[Digest]) -> TensorF
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """What the names of a component's tensors and of its files begin with."""
+    """What the names of a component's tensors and of its files begin with.
+
+    `without` is the part that a whole model leaves out: its draft model.
+    """
 
     tensors: str = ""
     files: str = ""
+    without: _Part | None = None
+
+    def holds(self, ref: BlobRef) -> bool:
+        """Whether an entry belongs to this part."""
+        tensor = ref.media_type == mediatypes.TENSOR
+        if self.without is not None and self.without.holds(ref):
+            return False
+        return (ref.name or "").startswith(self.tensors if tensor else self.files)
 
 
 def _part(store: Store, manifest: Manifest, component: str | None) -> _Part:
-    """The prefixes of a component. The draft model's are recorded in the model's config."""
-    if component is None:
-        return _Part()
-    if component != DRAFT or manifest.config is None:
+    """The part that a component is, None meaning all but the draft model."""
+    if component not in {None, DRAFT}:
         return _Part(f"{component}/", f"{component}/")
+    if component is None:
+        names = (ref.name or "" for ref in manifest.tensor_refs())
+        suspected = any(name.startswith(DRAFT_TENSOR_PREFIX) for name in names)
+        return _Part(without=_draft(store, manifest) if suspected else None)
+    return _draft(store, manifest) or _Part(f"{component}/", f"{component}/")
+
+
+def _draft(store: Store, manifest: Manifest) -> _Part | None:
+    """The draft model, whose names the model's config records; None where there is none."""
+    if manifest.config is None:
+        return None
     try:
         config = strictjson.parse_object(store.read_blob(manifest.config.digest, MAX_JSON))
     except strictjson.BadJson as error:
         raise Corrupt(f"config blob: {error}", kind="bad_json") from None
     record = config.get("draft")
-    record = record if isinstance(record, dict) else {}
+    if not isinstance(record, dict):
+        return None
     file = str(record.get("config") or f"{DRAFT_FILE_PREFIX}{CONFIG}")
     return _Part(str(record.get("tensor_prefix") or DRAFT_TENSOR_PREFIX), file.removesuffix(CONFIG))
 
@@ -179,7 +202,7 @@ def _from_folder(folder: Path, component: str | None) -> Model:
 
     with translated(index_file):
         index = index_file.read_bytes() if index_file.is_file() else b"{}"
-    return _model(str(folder), tensors, read, names, "", index)
+    return _model(str(folder), tensors, read, names, index)
 
 
 def _model(
@@ -187,7 +210,6 @@ def _model(
     tensors: Mapping[str, Located],
     read: Callable[[str], bytes],
     files: Sequence[str],
-    prefix: str,
     model_index: bytes,
     *,
     stored: bool = False,
@@ -199,7 +221,7 @@ def _model(
             raise Corrupt(f"{where}: {name}: {error}", kind="bad_json") from None
 
     def beside(name: str) -> dict[str, Any]:
-        return document(name, read(prefix + name)) if prefix + name in files else {}
+        return document(name, read(name)) if name in files else {}
 
     config = beside(CONFIG)
     # an imported model keeps its config.json, which speaks of packings that are never stored

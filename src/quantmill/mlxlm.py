@@ -23,6 +23,7 @@ from mlx.utils import tree_flatten
 from quantmill.errors import BadPlan, BadRequest, Corrupt
 from quantmill.formats import Format
 from quantmill.model import Model, Parts
+from quantmill.source import CONFIG, MODEL_INDEX
 
 _STACK = re.compile(r"(.*\.experts)\.([^.]+)\.weight")
 _CODES = mx.uint32
@@ -130,6 +131,7 @@ def empty_model(model: Model) -> tuple[nn.Module, dict[str, Any]]:
     Raises BadRequest without mlx-lm, BadPlan for architectures it does not have.
     """
     require_mlx_lm()
+    _refuse_pipeline(model)
     config = normalised(model.config)
     model_class, arguments = _classes(config, model.where)
     try:
@@ -306,6 +308,26 @@ def tokenizer_for(model: Model, config: Mapping[str, Any]) -> Any:
             raise BadPlan(
                 f"{model.where}: no usable tokenizer: {error}", kind="no_tokenizer"
             ) from None
+
+
+def is_pipeline(model: Model) -> bool:
+    """Whether the whole of a model made of components is open."""
+    return MODEL_INDEX in model.files and CONFIG not in model.files
+
+
+def component_names(model: Model) -> list[str]:
+    """The components of such a model, sorted."""
+    return sorted({name.partition("/")[0] for name in model if "/" in name})
+
+
+def _refuse_pipeline(model: Model) -> None:
+    if is_pipeline(model):
+        names = component_names(model)
+        raise BadPlan(
+            f"{model.where} is made of components ({', '.join(names)}); mlx-lm has no such models",
+            kind="pipeline",
+            hint="`quantmill export NAME DIR --to hf` writes all, with --component only one",
+        )
 
 
 def write_files(model: Model, folder: Path) -> None:

@@ -183,6 +183,25 @@ def serving(traits: Traits, modelfile: Modelfile | None = None) -> Serving:
     return Serving(capabilities(traits, parser), parser, renderer, modelfile.requires)
 
 
+def serving_of(config: Mapping[str, Any], modelfile: Modelfile | None = None) -> Serving:
+    """How to serve a model built on a stored one with this config: as that, but for the Modelfile.
+
+    A parser that the Modelfile names adds what it can take out of a text.
+    """
+    listed = config.get("capabilities")
+    known = [_text(name) for name in (listed if isinstance(listed, list) else ())]
+    parser, renderer = _text(config.get("parser")), _text(config.get("renderer"))
+    if modelfile is None:
+        return Serving(tuple(known), parser, renderer)
+    added = capabilities(Traits(), modelfile.parser) if modelfile.parser else ()
+    return Serving(
+        tuple(dict.fromkeys([*known, *added])),
+        modelfile.parser or parser,
+        modelfile.renderer or renderer,
+        modelfile.requires,
+    )
+
+
 def model_config(
     file_type: str,
     how: Serving,

@@ -1,13 +1,15 @@
-"""Open a source of whatever kind: a checkpoint directory or a GGUF file."""
+"""Open a source of whatever kind: a checkpoint or diffusers directory, or a GGUF file."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol, Self
 
 from quantmill.checkpoint import SUFFIX, list_folder, open_checkpoint, refuse_link_outside
-from quantmill.errors import BadSource
-from quantmill.source import Source, SourceTensor
+from quantmill.errors import BadSource, QuantmillError
+from quantmill.source import MODEL_INDEX, Source, SourceTensor
 
 GGUF_SUFFIX = ".gguf"
 
@@ -39,15 +41,44 @@ class OpenSource(Protocol):
     def __exit__(self, *_: object) -> None: ...
 
 
+Report = Callable[[int, int, str], None]
+"""Told of a download: bytes done, bytes in all, a label."""
+
+
+def locate(source: str | Path, fetching: Report | None = None) -> Path:
+    """The path that `source` is, or where the hub's repository of that name was fetched to.
+
+    A path that exists is never taken for a repository's name. Raises BadSource as `hub.fetch` does.
+    """
+    path = Path(source)
+    if isinstance(source, Path) or os.path.exists(source):
+        return path
+    from quantmill.hub import fetch, parse_hub_name
+
+    name = parse_hub_name(source)
+    if name is None:
+        return path
+    try:
+        return fetch(name, fetching)
+    except QuantmillError as error:
+        what = f"there is no directory {source!r}, and on the hub: {error.message}"
+        raise type(error)(what, kind=error.kind, hint=error.hint) from None
+
+
 def open_source(
     path: str | Path, *, follow_links: bool = False, decode: bool = False
 ) -> OpenSource:
     """Open a checkpoint directory, a GGUF file, or a directory whose only weights are such a file.
 
-    A file that is one part of several stands for all of them, which must lie beside it.
-    With `decode` the weights of a GGUF file show as numbers, whatever it stores. Raises BadSource
-    as `open_checkpoint` and `open_gguf` do.
+    A GGUF file that is one part of several stands for all of them, which must lie beside it; with
+    `decode` its weights show as numbers, whatever it stores. A directory with a model_index.json
+    is one of components. Raises BadSource as `open_checkpoint`, `open_components` and `open_gguf`
+    do.
     """
+    if os.path.isfile(Path(path) / MODEL_INDEX):
+        from quantmill.components import open_components
+
+        return open_components(Path(path), follow_links=follow_links)
     found = _gguf_parts(Path(path), follow_links)
     if found is None:
         return open_checkpoint(path, follow_links=follow_links)
@@ -58,8 +89,8 @@ def open_source(
 
 def _gguf_parts(path: Path, follow_links: bool) -> list[Path] | None:
     """The GGUF file that `path` means, or all parts of it; None where it means a directory."""
-    if not path.is_dir():
-        if not path.name.endswith(GGUF_SUFFIX) or not path.exists():
+    if not os.path.isdir(path):  # of any text at all, unlike Path.is_dir
+        if not path.name.endswith(GGUF_SUFFIX) or not os.path.exists(path):
             return None
         return _with_siblings(path.parent, path.name, path.name, follow_links)
     names = list_folder(path)

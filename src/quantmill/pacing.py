@@ -73,7 +73,7 @@ def _working_bytes(plan: Plan) -> int:
     for spec in plan.tensors:
         if spec.transform == CAST:
             found = max(found, 8)
-        if spec.coding is not None:
+        if spec.coding is not None or spec.added:
             found = max(found, 20)  # several arrays of float32 for each element of two bytes
         if spec.format is not None and not native:
             # MLX composes the 4-bit float formats of whole-array operations

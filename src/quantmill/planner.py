@@ -7,16 +7,35 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
+from quantmill.adapters import FOLDER, Adapter, read_adapter
 from quantmill.classify import FLOAT, PREQUANTIZED, Kind
 from quantmill.coded import Coded, Recognised
 from quantmill.errors import BadPlan, BadRequest
 from quantmill.formats import FLOAT_DTYPES, MXFP8, Format, dtype_bytes, parse_format
 from quantmill.ggufcodes import EXACT, scheme_of
-from quantmill.plans import CAST, STACK, BlobSpec, Dropped, Options, Override, Plan, TensorSpec
-from quantmill.policy import Decision, Policy, decide, decide_draft, is_aligned, select_policy
+from quantmill.plans import (
+    CAST,
+    STACK,
+    BlobSpec,
+    Dropped,
+    LowRank,
+    Options,
+    Override,
+    Plan,
+    TensorSpec,
+)
+from quantmill.policy import (
+    Decision,
+    Policy,
+    component_policy,
+    decide,
+    decide_draft,
+    is_aligned,
+    select_policy,
+)
 from quantmill.prequantized import Planned, decoded, kept, ordered_coded
 from quantmill.schemes import recognise
-from quantmill.source import Source, SourceTensor
+from quantmill.source import COMPONENT, DRAFT, Part, Source, SourceTensor
 from quantmill.stacks import (
     Projections,
     blob_of,
@@ -65,25 +84,95 @@ def make_plan(
     `draft` applies the rules for draft models; `prefix` goes before every name written; `decode`
     makes numbers of weights that are quantized already, to be quantized as `kind` says. Raises
     BadPlan when two outputs would share a name or a rule cannot be applied, BadSource for weights
-    whose parts do not belong together and for expert tensors that do not form a stack.
+    whose parts do not belong together and for expert tensors that do not form a stack, BadRequest
+    for a rule that fits no tensor.
     """
     options = options or Options()
     policy = select_policy(source.config)
+    found = _plan(source, version, _Chooser(kind, policy, options, draft, decode, prefix))
+    _refuse_unused(options.overrides, found.blobs)
+    return found
+
+
+def _plan(source: Source, version: str, chooser: _Chooser, adapter: Part | None = None) -> Plan:
+    """The plan for a whole model or a part of one: rules may fit tensors of other parts only."""
+    kind, options = chooser.kind, chooser.options
     recognised = recognise(source)
-    chooser = _Chooser(kind, policy, options, draft, decode)
-    found = _plan_blobs(recognised, kind, chooser)
-    blobs = tuple(_prefixed(blob, prefix) for blob in found)
+    if adapter is not None:
+        items: list[_Item] = [*recognised.plain, *recognised.coded.values()]
+        shapes = {item.name: item.shape for item in items}
+        with_it = read_adapter(adapter.source, adapter.source.config, shapes)
+        chooser = replace(chooser, adapter=with_it)
+    blobs = tuple(_prefixed(b, chooser.prefix) for b in _plan_blobs(recognised, kind, chooser))
     _refuse_collisions(blobs)
-    _refuse_unused(options.overrides, blobs)
     ignored = (Dropped(t.name, f"in {t.file} but not in the index") for t in source.ignored)
     dropped = sorted([*recognised.dropped, *ignored], key=lambda d: d.name)
     fmt = kind.format
-    if kind.name == PREQUANTIZED and not decode:
+    if kind.name == PREQUANTIZED and not chooser.decode:
         fmt = _shared_format(recognised)
     return Plan(
-        version, str(source.fingerprint), kind.name, policy.name, fmt, options, blobs,
+        version, str(source.fingerprint), kind.name, chooser.policy.name, fmt, options, blobs,
         tuple(dropped), source.files, source.nbytes,
     )  # fmt: skip
+
+
+def plan_part(
+    part: Part,
+    kind: Kind,
+    options: Options | None = None,
+    *,
+    version: str,
+    decode: bool = False,
+    adapter: Part | None = None,
+) -> Plan:
+    """The plan of one part of a model: outputs have its prefix, sources its folder before them.
+
+    What an `adapter` changes is added to the weights before they are quantized.
+    """
+    own = part.source
+    policy = (
+        component_policy(part.name, own.config)
+        if part.role == COMPONENT
+        else select_policy(own.config)
+    )
+    is_draft = part.role == DRAFT
+    chooser = _Chooser(kind, policy, options or Options(), is_draft, decode, part.prefix)
+    found = _plan(own, version, chooser, adapter)
+    blobs = [
+        replace(b, tensors=tuple(_sourced(t, part.folder) for t in b.tensors)) for b in found.blobs
+    ]
+    dropped = [replace(d, name=part.folder + d.name) for d in found.dropped]
+    return replace(found, blobs=tuple(blobs), dropped=tuple(dropped))
+
+
+def _sourced(spec: TensorSpec, folder: str) -> TensorSpec:
+    if not folder:
+        return spec
+    return replace(spec, sources=tuple(folder + name for name in spec.sources))
+
+
+def merge_plans(source: Source, parts: Sequence[Part], plans: Sequence[Plan]) -> Plan:
+    """One plan of those that `plan_part` made for `parts` of `source`, in the same order.
+
+    Its format is what all parts but a draft have, a draft alone aside. Raises BadPlan and
+    BadRequest as `make_plan` does.
+    """
+    first = plans[0]
+    blobs = tuple(blob for one in plans for blob in one.blobs)
+    _refuse_collisions(blobs)
+    _refuse_unused(first.options.overrides, blobs)
+    main = [p for part, p in zip(parts, plans, strict=True) if part.role != DRAFT]
+    formats = {p.format for p in main or plans} - {None}
+    dropped = sorted((d for p in plans for d in p.dropped), key=lambda d: d.name)
+    return Plan(
+        first.version, str(source.fingerprint), _shared(p.kind for p in plans),
+        _shared(p.policy for p in plans), formats.pop() if len(formats) == 1 else None,
+        first.options, blobs, tuple(dropped), source.files, source.nbytes,
+    )  # fmt: skip
+
+
+def _shared(words: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(words))
 
 
 def _shared_format(recognised: Recognised) -> Format | None:
@@ -150,13 +239,15 @@ def _group_blobs(
 
 @dataclass(frozen=True, slots=True)
 class _Chooser:
-    """What decides about a weight."""
+    """What decides about a weight. Users' rules see names as they are written, `prefix` first."""
 
     kind: Kind
     policy: Policy
     options: Options
     draft: bool
     decode: bool
+    prefix: str
+    adapter: Adapter | None = None
 
     def plain(self, tensor: SourceTensor, stacked_names: tuple[str, ...] | None) -> TensorSpec:
         """The spec of a tensor of plain numbers, and the names stacked into it."""
@@ -169,13 +260,15 @@ class _Chooser:
         if tensor.blocks:
             decision = _of_decoded(tensor, decision)
         fmt = decision.format
+        sources = stacked_names or (tensor.name,)
+        added, sources = self._changes(tensor, sources)
         # anything that is not a plain float is cast before it is quantized (docs/formats.md)
         cast = fmt is not None and tensor.dtype not in FLOAT_DTYPES
         if cast and stacked_names:
             raise BadPlan(f"{tensor.name!r}: experts of dtype {tensor.dtype} cannot be quantized")
         return TensorSpec(
             name=tensor.name,
-            sources=stacked_names or (tensor.name,),
+            sources=sources,
             transform=STACK if stacked_names else CAST if cast else None,
             dtype="BF16" if cast else tensor.dtype,
             shape=tensor.shape,
@@ -184,16 +277,45 @@ class _Chooser:
             reason=decision.reason,
             global_scale=self._wants_global(fmt),
             scheme=scheme_of(tensor),
+            added=added,
         )
+
+    def _changes(
+        self, tensor: SourceTensor, names: tuple[str, ...]
+    ) -> tuple[tuple[LowRank | None, ...], tuple[str, ...]]:
+        """What the adapter adds to these members, and their sources: its own where it has them."""
+        if self.adapter is None:
+            return (), names
+        added = tuple(self.adapter.added.get(name) for name in names)
+        if any(added) and tensor.dtype not in FLOAT_DTYPES:
+            raise BadPlan(f"an adapter cannot be added to {tensor.name!r} of {tensor.dtype}")
+        replaced = self.adapter.replaced
+        for name in names:
+            if name in replaced and replaced[name].dtype != tensor.dtype:
+                raise BadPlan(
+                    f"the adapter's {replaced[name].name!r} is {replaced[name].dtype}, the model's "
+                    f"{name!r} is {tensor.dtype}",
+                    kind="adapter_does_not_fit",
+                )
+        own = tuple(FOLDER + replaced[n].name if n in replaced else n for n in names)
+        return added if any(added) else (), own
 
     def coded(self, name: str, members: Sequence[Coded], *, stack: bool) -> Planned:
         """What becomes of a weight that is quantized already, or of the experts of a stack."""
         first = members[0]
         shape = (len(members), *first.shape) if stack else first.shape
-        decision = self._coded_decision(SourceTensor(name, first.decoded, shape), first)
+        tensor = SourceTensor(name, first.decoded, shape)
+        decision = self._coded_decision(tensor, first)
+        added, own = self._changes(tensor, tuple(member.name for member in members))
+        if own != tuple(m.name for m in members) or (added and decision is None):
+            raise BadPlan(
+                f"the adapter changes {name!r}, which is quantized already ({first.scheme})",
+                kind="requantize_prequantized",
+                hint="--requantize decodes first; an adapter is best merged into float weights",
+            )
         if decision is None:
             return kept(name, members, stack=stack)
-        planned = decoded(name, members, decision, stack=stack)
+        planned = decoded(name, members, decision, stack=stack, added=added)
         if not self._wants_global(decision.format):
             return planned
         return replace(planned, specs=tuple(replace(s, global_scale=True) for s in planned.specs))
@@ -205,9 +327,9 @@ class _Chooser:
             if found.rule == "not_asked":
                 return Decision(None, "decoded", "kept as numbers")
             return found
-        override = _fitting(tensor.name, self.options.overrides)
+        override = self._fitting(tensor.name)
         if first.format is not None:
-            if override and override.format and override.pattern == tensor.name:
+            if override and override.format and override.pattern == self.prefix + tensor.name:
                 raise BadPlan(
                     f"cannot requantize tensor {tensor.name!r}: it is already quantized "
                     f"({first.scheme})",
@@ -216,7 +338,7 @@ class _Chooser:
                 )
             return None
         if override is not None:
-            return _overridden(tensor, override)
+            return _overridden(tensor, override, self.prefix)
         if first.is_fp8:
             return self._by_policy(tensor, MXFP8)
         return Decision(None, "decoded", "no format holds it as it is; --requantize makes it small")
@@ -229,9 +351,9 @@ class _Chooser:
         return by_policy(self.policy, tensor.name, tensor.shape, base)
 
     def _decide(self, tensor: SourceTensor, base: Format | None) -> Decision:
-        override = _fitting(tensor.name, self.options.overrides)
+        override = self._fitting(tensor.name)
         if override is not None:
-            return _overridden(tensor, override)
+            return _overridden(tensor, override, self.prefix)
         if base is None:
             return Decision(None, "not_asked", "no format asked for")
         decision = self._by_policy(tensor, base)
@@ -239,10 +361,10 @@ class _Chooser:
             return Decision(None, "not_float", f"{tensor.dtype} values are not weights")
         return decision
 
-
-def _fitting(name: str, overrides: Sequence[Override]) -> Override | None:
-    """The last rule given that fits wins."""
-    return next((o for o in reversed(overrides) if fnmatchcase(name, o.pattern)), None)
+    def _fitting(self, name: str) -> Override | None:
+        """The last rule given that fits wins."""
+        rules = reversed(self.options.overrides)
+        return next((o for o in rules if fnmatchcase(self.prefix + name, o.pattern)), None)
 
 
 def _of_decoded(tensor: SourceTensor, decision: Decision) -> Decision:
@@ -253,14 +375,14 @@ def _of_decoded(tensor: SourceTensor, decision: Decision) -> Decision:
     return replace(decision, reason=f"{scheme_of(tensor)} decoded; {why}")
 
 
-def _overridden(tensor: SourceTensor, override: Override) -> Decision:
+def _overridden(tensor: SourceTensor, override: Override, prefix: str) -> Decision:
     fmt, asked = override.format, f"--tensor {override.pattern}"
     if fmt is None:
         return Decision(None, "override", f"kept by {asked}")
     problem = _misfit(tensor, fmt)
     if problem is None:
         return Decision(fmt, "override", f"{fmt.label} by {asked}")
-    if override.pattern == tensor.name:  # named outright: the user means it
+    if override.pattern == prefix + tensor.name:  # named outright: the user means it
         raise BadPlan(f"tensor {tensor.name!r} cannot be {fmt.label}: {problem}")
     return Decision(None, "override_misfit", f"{asked} does not fit: {problem}")
 

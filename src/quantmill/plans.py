@@ -100,6 +100,19 @@ class Coding:
 
 
 @dataclass(frozen=True, slots=True)
+class LowRank:
+    """What an adapter adds to a matrix: `scale` times the product of `left` and `right`.
+
+    Both are names of source tensors, [rows, rank] and [rank, columns], stored so or `transposed`.
+    """
+
+    left: str
+    right: str
+    transposed: bool
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
 class TensorSpec:
     """One tensor to write.
 
@@ -108,7 +121,7 @@ class TensorSpec:
     floats; `coding` is how to read it where that is not by copying. With the transform RECODE the
     codes become those of `format` without loss, and `dtype` is that of scales and biases. Codes
     that are copied are in the format that `keeps` names, and have their scales in specs of their
-    own, by `role`.
+    own, by `role`. `added` is what adapters add before quantization, for each member of a stack.
     """
 
     name: str
@@ -124,6 +137,13 @@ class TensorSpec:
     coding: Coding | None = None
     keeps: Format | None = None
     role: str = CODES
+    added: tuple[LowRank | None, ...] = ()
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Names of all source tensors that bytes depend on."""
+        adapters = (name for low in self.added if low for name in (low.left, low.right))
+        return (*self.sources, *adapters)
 
     @property
     def elements(self) -> int:

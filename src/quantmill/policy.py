@@ -79,6 +79,14 @@ _LAGUNA_MLP_ENDS = tuple(f"{part}_proj.weight" for part in ("gate", "up", "down"
 _LAGUNA_EXPERTS = (".mlp.shared_expert.", ".mlp.experts.")
 _LAGUNA_SHARED_DOWN = ".mlp.shared_expert.down_proj.weight"
 
+_MODULATION = ("modulation", "adaln", "adaLN", "_mod.", ".mod.")
+_COMPONENT_INPUTS = (
+    "proj_in.", "img_in.", "txt_in.", "x_in.", "vector_in.", "guidance_in.", "caption_projection.",
+)  # fmt: skip
+_COMPONENT_OUTPUTS = (
+    "proj_out.", "final_layer.", "all_final_layer.", "linear_out.", "text_projection.",
+)  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True)
 class Policy:
@@ -342,6 +350,29 @@ def _uniform(tensor: _Tensor) -> Decision:
     return _as_requested(tensor) if generic.rule == "promoted" else generic
 
 
+# Parts of a component that set the range of everything after them, small beside the blocks they
+# serve. Matched against names without the component's; embeddings and norms (with the modulation
+# that diffusers keeps in them: `norm1.linear`, `norm_out.linear`) are kept by the generic rules.
+_COMPONENT_KEPT: tuple[tuple[str, Callable[[str], bool], str], ...] = (
+    ("modulation", lambda n: _has(n, _MODULATION), "modulation"),
+    ("time", lambda n: "time_" in n, "time conditioning"),
+    ("input", lambda n: n.startswith(_COMPONENT_INPUTS), "input projection"),
+    ("output", lambda n: n.startswith(_COMPONENT_OUTPUTS) or ".final_layer." in n, "output layer"),
+    ("position", lambda n: "relative_attention_bias" in n, "position bias"),
+    ("embedding", lambda n: n == "shared.weight", "embedding"),  # T5's token table
+)
+
+
+def _component(tensor: _Tensor) -> Decision:
+    hits = (_keep(rule, what) for rule, test, what in _COMPONENT_KEPT if test(tensor.name))
+    return next(hits, None) or _generic(tensor)
+
+
+def _vae(tensor: _Tensor) -> Decision:
+    del tensor
+    return _keep("vae", "vae")
+
+
 RULES: Mapping[str, Callable[[_Tensor], Decision]] = {
     "default": _generic,
     "qwen3.5": _qwen35,
@@ -350,6 +381,8 @@ RULES: Mapping[str, Callable[[_Tensor], Decision]] = {
     "glimmer": _glimmer,
     "nemotron_h": _nemotron_h,
     "laguna": _laguna,
+    "component": _component,
+    "vae": _vae,
 }
 """Policy name -> the function that decides."""
 
@@ -432,3 +465,15 @@ def select_policy(config: Mapping[str, Any]) -> Policy:
     policy = Policy(name, layers, experts)
     extra = _EXTRA_FIELDS.get(name)
     return extra(policy, config) if extra else policy
+
+
+def component_policy(component: str, config: Mapping[str, Any]) -> Policy:
+    """The policy for a component of a pipeline.
+
+    A vae, by whatever name, is kept whole: its errors are seen in every pixel. Text encoders of an
+    architecture with a policy of its own get that, everything else the rules for components.
+    """
+    if "vae" in component.lower():
+        return Policy("vae")
+    found = select_policy(config)
+    return Policy("component") if found.name == "default" else found

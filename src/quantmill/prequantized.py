@@ -30,6 +30,7 @@ from quantmill.plans import (
     SCALAR_F32,
     SCALE,
     STACK,
+    LowRank,
     TensorSpec,
 )
 from quantmill.policy import Decision
@@ -67,8 +68,15 @@ def kept(name: str, members: Sequence[Coded], *, stack: bool) -> Planned:
     return Planned((spec,), first.format.metadata())
 
 
-def decoded(name: str, members: Sequence[Coded], decision: Decision, *, stack: bool) -> Planned:
-    """The weight as numbers, quantized as decided."""
+def decoded(
+    name: str,
+    members: Sequence[Coded],
+    decision: Decision,
+    *,
+    stack: bool,
+    added: tuple[LowRank | None, ...] = (),
+) -> Planned:
+    """The weight as numbers, quantized as decided, after what adapters add to its members."""
     first = members[0]
     transform = DECODE
     if first.is_fp8:
@@ -77,7 +85,7 @@ def decoded(name: str, members: Sequence[Coded], decision: Decision, *, stack: b
     spec = TensorSpec(
         name, _sources(members), transform, first.decoded, _shape(members, stack=stack), fmt,
         decision.rule, f"{first.scheme} decoded; {decision.reason}",
-        scheme=first.scheme, coding=first.coding,
+        scheme=first.scheme, coding=first.coding, added=added,
     )  # fmt: skip
     return Planned((spec,), fmt.metadata() if fmt else {})
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:  # values only: a report needs none of the machinery that make
     from quantmill.creation import Created
     from quantmill.errors import QuantmillError
     from quantmill.export import Exported
-    from quantmill.facts import FormatShare, Listed, ModelFacts
+    from quantmill.facts import DraftFacts, FormatShare, Listed, ModelFacts
     from quantmill.formats import Format
     from quantmill.generate import Piece
     from quantmill.kernels import Kernels
@@ -195,6 +195,7 @@ def created_json(created: Created, ignored: Sequence[str] = ()) -> dict[str, Any
     plan = created.plan
     return {
         "name": created.name.display,
+        "base": created.base.display if created.base else None,
         "digest": str(created.digest),
         "size": created.size,
         "entries": created.entries,
@@ -219,6 +220,8 @@ def created_lines(created: Created, seconds: float) -> list[str]:
     plan = created.plan
     fmt = plan.format.label if plan.format else "source precision"
     rate = f", {bytes_text(plan.source_bytes / seconds)}/s" if seconds > 0.5 else ""
+    if created.base:
+        fmt = f"{created.base.display} with a draft model in {fmt}"
     resumed = f", {created.resumed} from an earlier run" if created.resumed else ""
     return [
         f"created {created.name.display} ({fmt}): {_plural(len(plan.tensors), 'tensor')}, "
@@ -292,12 +295,31 @@ def show_json(facts: ModelFacts, *, tensors: bool) -> dict[str, Any]:
         "parser": facts.parser or None,
         "renderer": facts.renderer or None,
         "requires": facts.requires or None,
+        "draft": _draft_json(facts.draft),
         "recorded": dict(facts.recorded),
         "info": dict(facts.info),
         "formats": [_share_json(share) for share in facts.shares],
         "files": [{"name": name, "size": size} for name, size in facts.files],
     }
     return found | ({"tensors": [_tensor_json(t) for t in facts.tensors]} if tensors else {})
+
+
+def _draft_json(draft: DraftFacts | None) -> dict[str, Any] | None:
+    if draft is None:
+        return None
+    return {
+        "architecture": draft.architecture or None,
+        "tensors": draft.tensors,
+        "weights": draft.weights,
+        "bytes": draft.nbytes,
+    }
+
+
+def _draft_text(draft: DraftFacts | None) -> str:
+    if draft is None:
+        return ""
+    counts = f"{_plural(draft.tensors, 'tensor')}, {draft.weights:,} weights"
+    return f"{draft.architecture}, {counts}, {bytes_text(draft.nbytes)}"
 
 
 def _share_json(share: FormatShare) -> dict[str, Any]:
@@ -350,6 +372,7 @@ def show_rows(facts: ModelFacts) -> list[Row]:
         ("parser", facts.parser),
         ("renderer", facts.renderer),
         ("needs Ollama", facts.requires),
+        ("draft model", _draft_text(facts.draft)),
         *((f"recorded {key}", str(value)) for key, value in facts.recorded.items()),
         *((key, str(value)) for key, value in facts.info.items()),
     ]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from quantmill import strictjson
 from quantmill.digests import Digest, digest_of
+from quantmill.errors import BadSource
 from quantmill.formats import DTYPE_BYTES
 
 CONFIG = "config.json"
@@ -74,7 +76,8 @@ class Source:
 
     `tensors` is sorted by name. `ignored` are tensors that lie in a shard but not in the index.
     `texts` holds the few small files whose content decides something (config.json, chat templates),
-    `values` the integers of small tensors that describe others.
+    `values` the integers of small tensors that describe others. `parts` are the checkpoints that a
+    joined source was made of, none for an ordinary one.
     """
 
     config: Mapping[str, Any]
@@ -83,11 +86,27 @@ class Source:
     ignored: tuple[SourceTensor, ...] = ()
     texts: Mapping[str, str] = field(default_factory=dict)
     values: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    parts: tuple[Part, ...] = ()
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors together."""
         return sum(t.nbytes for t in self.tensors.values())
+
+    @property
+    def is_pipeline(self) -> bool:
+        """Whether this is a diffusers directory, `config` being its model_index.json."""
+        return any(part.role == COMPONENT for part in self.parts)
+
+    @property
+    def draft(self) -> Part | None:
+        """The part that is a draft model."""
+        return next((part for part in self.parts if part.role == DRAFT), None)
+
+    @property
+    def adapter(self) -> Part | None:
+        """The part that is an adapter of the model, and gives it no tensors of its own."""
+        return next((part for part in self.parts if part.role == ADAPTER), None)
 
     @property
     def fingerprint(self) -> Digest:
@@ -98,4 +117,55 @@ class Source:
         ]
         files = [[f.name, f.size, f.media_type] for f in self.files]
         said = [self.texts.get(QUANTIZATION_CONFIG, ""), self.values]
-        return digest_of(strictjson.canonical([dict(self.config), tensors, files, said]))
+        parts = [[p.prefix, p.folder, str(p.source.fingerprint)] for p in self.parts]
+        return digest_of(strictjson.canonical([dict(self.config), tensors, files, said, parts]))
+
+
+# The roles a part may have.
+MODEL = "model"
+COMPONENT = "component"
+DRAFT = "draft"
+ADAPTER = "adapter"
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One of several checkpoints that make up a model, planned by itself.
+
+    `prefix` goes before the names of its tensors as they are written. `folder` goes before the
+    names of its files, and before those of its source tensors, which it keeps apart from other
+    parts' in the joined source.
+    """
+
+    name: str
+    role: str
+    source: Source
+    prefix: str = ""
+    folder: str = ""
+
+
+def joined(
+    parts: Iterable[Part],
+    config: Mapping[str, Any],
+    files: Iterable[SourceFile] = (),
+    texts: Mapping[str, str] | None = None,
+) -> Source:
+    """One source of all parts, every name with the folder of its part before it.
+
+    `files` belong to no part. Raises BadSource when two tensors or files would share a name.
+    """
+    parts = tuple(parts)
+    tensors = [_within(part, t) for part in parts for t in part.source.tensors.values()]
+    ignored = [_within(part, t) for part in parts for t in part.source.ignored]
+    named = [replace(f, name=part.folder + f.name) for part in parts for f in part.source.files]
+    all_files = sorted([*files, *named], key=lambda f: f.name)
+    for names in ([t.name for t in tensors], [f.name for f in all_files]):
+        twice = sorted(name for name, count in Counter(names).items() if count > 1)
+        if twice:
+            raise BadSource(f"two parts of the model have {twice[0]!r}", kind="name_collision")
+    found = {t.name: t for t in sorted(tensors, key=lambda t: t.name)}
+    return Source(config, found, tuple(all_files), tuple(ignored), texts or {}, parts=parts)
+
+
+def _within(part: Part, tensor: SourceTensor) -> SourceTensor:
+    return replace(tensor, name=part.folder + tensor.name, file=part.folder + tensor.file)
