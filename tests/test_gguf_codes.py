@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, quants
+from safetensors.numpy import save_file
 
 from ggufs import (
     EXPERTS,
@@ -272,6 +274,41 @@ def test_a_rule_with_a_format_decodes_and_one_that_keeps_does_not(path: Path) ->
     other = planned["affine-2:32"]["model.layers.1.mlp.up_proj.weight"]
     assert (other.format, other.dtype) == (None, "BF16")
     assert planned["keep"][name].transform == RECODE
+
+
+def test_a_draft_model_is_decoded_by_its_own_format_alone(path: Path, store: Store) -> None:
+    """A model and its draft keep their codes each, unless a format is asked for the one."""
+    llama_q4(path)
+    name = "model.layers.0.mlp.up_proj.weight"
+    for asked, expected in ((None, "int4 g32"), ("int8", "int8")):
+        made = create("m", path, store=store, draft=path, draft_quantize=asked)
+        found = {t.name: t.format for t in made.plan.tensors}
+        model_format, draft_format = found[name], found[f"draft.{name}"]
+        assert model_format == Format("affine", 4, 32)
+        assert draft_format is not None
+        assert draft_format.label == expected
+
+
+def test_an_adapter_is_added_to_the_decoded_numbers(
+    path: Path, store: Store, tmp_path: Path
+) -> None:
+    """A LoRA adapter changes numbers, so the file is decoded for it."""
+    module = "model.layers.0.self_attn.q_proj"
+    first, second = (weights(shape, n) for n, shape in enumerate([(4, HIDDEN), (HIDDEN, 4)]))
+    names = (f"base_model.model.{module}.lora_{part}.weight" for part in "AB")
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    save_file(dict(zip(names, (first, second), strict=True)), folder / "adapter_model.safetensors")
+    said = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(said))
+    create("m", llama_q4(path), store=store, merge_lora=folder)
+    q4 = GGMLQuantizationType.Q4_0
+    values, kind = stored(model(LLAMA), "Q4_0", convert_llama)["blk.0.attn_q.weight"]
+    read = deinterleave(decoded(quants.quantize(values, q4), kind), 4)
+    with open_model("m", store=store) as opened:
+        assert opened.dtype(f"{module}.weight") == "BF16"
+        found = np.asarray(opened.dequantize(f"{module}.weight").astype(mx.float32))
+    assert np.abs(found - (read + second @ first)).max() <= 2**-7 * np.abs(found).max()
 
 
 def test_a_file_of_floats_has_nothing_to_requantize(path: Path) -> None:

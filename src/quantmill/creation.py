@@ -74,9 +74,8 @@ def plan(
     """
     request = Request(quantize, group_size, requantize, draft_quantize)
     base = _base(store, source, request, draft)
-    with _opened(
-        source, draft, merge_lora, base, request.numbers(options), follow_links, fetching
-    ) as checkpoint:
+    numbers = request.numbers(options)
+    with _opened(source, draft, merge_lora, base, numbers, follow_links, fetching) as checkpoint:
         return plan_for(checkpoint.source, request, options)
 
 
@@ -184,8 +183,7 @@ def create(
     then name a stored model, whose blobs are used as they are. `merge_lora` is the directory of a
     LoRA adapter that is added to the weights, in float32, before they are quantized.
 
-    Raises BadName, BadRequest, BadSource, BadWeights, BadPlan, OverBudget and StoreError; each
-    names the file, tensor or name.
+    Raises BadName, BadRequest, BadSource, BadWeights, BadPlan, OverBudget and StoreError.
     """
     target = as_name(name)
     store = store or Store()
@@ -193,9 +191,8 @@ def create(
     draft = draft or (modelfile.draft if modelfile else None)
     base = _base(store, source, request, draft)
     options = on_device(device, options or Options())
-    with _opened(
-        source, draft, merge_lora, base, request.numbers(options), follow_links, fetching
-    ) as checkpoint:
+    numbers = request.numbers(options)
+    with _opened(source, draft, merge_lora, base, numbers, follow_links, fetching) as checkpoint:
         found = checkpoint.source
         decided = plan_for(found, request, options)
         config = mediatypes.CONFIG, None, _config(decided, found, modelfile, base)

@@ -160,6 +160,12 @@ class TensorSpec:
         return math.prod(self.shape[:-1]) * self.keeps.columns(self.shape[-1])
 
     @property
+    def is_decoded(self) -> bool:
+        """Whether codes that the source has become numbers."""
+        kept = self.transform == RECODE or self.keeps is not None or self.role != CODES
+        return bool(self.scheme) and not kept
+
+    @property
     def stored(self) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
         """Name, dtype and shape of everything written for this tensor, in file order."""
         fmt = self.format

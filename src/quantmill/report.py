@@ -155,16 +155,12 @@ def scheme_lines(plan: Plan) -> list[str]:
     return [f"{_plural(n, 'weight')}: {what}" for what, n in sorted(counts.items())]
 
 
-def _keeps_codes(spec: TensorSpec) -> bool:
-    return spec.transform == RECODE or spec.keeps is not None
-
-
 def _cost(spec: TensorSpec) -> str:
     if spec.transform == RECODE:
         assert spec.coding is not None
         rounded = f", zero points rounded to {spec.dtype}" if ZERO in spec.coding.roles else ""
         return f"{spec.scheme}, codes and scales kept{rounded}"
-    if spec.keeps is not None:
+    if not spec.is_decoded:
         return f"{spec.scheme}, copied without loss"
     if spec.format is None:
         return f"{spec.scheme}, decoded to {spec.dtype}"
@@ -240,7 +236,7 @@ def created_warnings(created: Created) -> list[str]:
         for name, count in created.non_finite
     ]
     plan = created.plan
-    if any(s.scheme and s.role == CODES and not _keeps_codes(s) for s in plan.tensors):
+    if any(s.is_decoded for s in plan.tensors):
         lines += scheme_lines(plan)
     lines += _dropped_lines(plan)
     files = [f.name for f in created.plan.files if not f.media_type]
