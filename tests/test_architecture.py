@@ -65,7 +65,7 @@ LAYERS = [
         "generate",
         "export",
     },
-    {"report", "terminal", "arguments", "conversation", "cli"},
+    {"report", "planreport", "terminal", "arguments", "conversation", "cli"},
 ]
 OUTSIDE_WORLD = {
     "os",

@@ -40,8 +40,8 @@ from quantmill.ggufsource import open_gguf
 from quantmill.load import open_model
 from quantmill.model import Model
 from quantmill.planner import parse_override
+from quantmill.planreport import plan_rows, plan_summary
 from quantmill.plans import RECODE, Options, Plan, TensorSpec
-from quantmill.report import plan_rows, plan_summary
 from quantmill.store import Store
 from quantmill.verification import verify
 from quantmill.weights import Quantized

@@ -403,7 +403,7 @@ def test_decoding_by_kernels_is_decoding_by_mlx(
     """`decode` and `dequantize` give MLX's values, by the kernels and without them."""
     with open_model(fixture(folder)) as model:
         name = next(n for n in model if model.params(n) is not None)
-        expected = model._dequantized(name, None)
+        expected = model.dequantize_lazily(name)
         if not kernels_there:
             monkeypatch.setattr(kernels, "in_use", lambda: kernels.MLX)
         assert same(model.dequantize(name), expected)

@@ -260,15 +260,6 @@ def test_a_failed_export_leaves_nothing(store: Store, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_global_scale_cannot_go_to_mlx_lm(store: Store, tmp_path: Path) -> None:
-    """mlx-lm has no place for a global scale: refused by name, decoded export works."""
-    model = stored(store, "hf-llama-bf16", "nvfp4", global_scale=True)
-    with pytest.raises(BadPlan, match="global scale"):
-        export(model, tmp_path / "out", "mlx-lm")
-    export(model, tmp_path / "hf", "hf")
-    assert (tmp_path / "hf" / "model.safetensors").exists()
-
-
 # -- generating ------------------------------------------------------------------------------------
 
 USER: list[Message] = [{"role": "user", "content": "the cat"}]

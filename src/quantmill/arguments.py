@@ -94,6 +94,15 @@ RequantizeOption = Annotated[
         autocompletion=_complete_format,
     ),
 ]
+ExportRequantizeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--requantize",
+        metavar="FORMAT",
+        help="For weights that mlx-lm has no place for; without it they are written decoded.",
+        autocompletion=_complete_format,
+    ),
+]
 GroupOption = Annotated[
     int | None,
     typer.Option("--group-size", metavar="N", help="Affine formats: weights per scale (64)."),

@@ -34,6 +34,9 @@ _RUNTIME_NAMES = frozenset(
 _RUNTIME_SUFFIXES = (".jinja", ".tiktoken")
 
 
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """How the files of a directory are named.
@@ -284,7 +287,15 @@ def _unindexed_shards(names: Mapping[str, int]) -> list[str]:
             hint="remove the files that do not belong to the model, or add the index",
         )
     if not shards:
-        other = sorted(n for n in names if n.endswith((SUFFIX, ".bin", ".pt", ".pth", ".gguf")))
+        pickles = sorted(n for n in names if n.endswith(_PICKLES))
+        if pickles and not any(n.endswith((SUFFIX, ".gguf")) for n in names):
+            raise BadSource(
+                f"the weights are pickles ({', '.join(pickles[:3])}), which are never opened: "
+                "loading one can run any program",
+                kind="pickled_weights",
+                hint="look for safetensors of the same model, or convert the files if you trust them",
+            )
+        other = sorted(n for n in names if n.endswith((SUFFIX, *_PICKLES, ".gguf")))
         found = f"; found {', '.join(other)}" if other else ""
         raise BadSource(
             f"no model weights: looked for model*.safetensors{found}",

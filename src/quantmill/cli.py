@@ -21,6 +21,7 @@ from quantmill.arguments import (
     DeviceOption,
     DraftOption,
     DraftQuantizeOption,
+    ExportRequantizeOption,
     GlobalScaleOption,
     GroupOption,
     JsonOption,
@@ -175,16 +176,16 @@ def _inputs(
 def _tell_created(
     created: Created, parsed: Modelfile | None, seconds: float, quiet: bool, as_json: bool
 ) -> None:
-    from quantmill import report
+    from quantmill import planreport
 
     lines = parsed.ignored if parsed else ()
     if not quiet:
         ignored = [f"the Modelfile's {what} is ignored" for what in lines]
-        terminal.warn([*ignored, *report.created_warnings(created)])
+        terminal.warn([*ignored, *planreport.created_warnings(created)])
     if as_json:
-        terminal.print_json(report.created_json(created, lines))
+        terminal.print_json(planreport.created_json(created, lines))
     elif not quiet:
-        terminal.print_lines(report.created_lines(created, seconds))
+        terminal.print_lines(planreport.created_lines(created, seconds))
 
 
 def _memory(text: str | None) -> int | None:
@@ -224,7 +225,7 @@ def plan(
     json_output: JsonOption = False,
 ) -> None:
     """Show what `create` would do with every tensor of SOURCE, and write nothing."""
-    from quantmill import creation, report
+    from quantmill import creation, planreport
 
     options = _options(tensor, profile, e8m0, global_scale, allow_non_finite)
     planned = creation.plan(
@@ -241,10 +242,10 @@ def plan(
     )
     free = _store(store).free_bytes()
     if json_output:
-        terminal.print_json(report.plan_json(planned, free))
+        terminal.print_json(planreport.plan_json(planned, free))
         return
-    terminal.print_table(report.PLAN_COLUMNS, report.plan_rows(planned))
-    terminal.print_lines(["", *report.plan_summary(planned, free)])
+    terminal.print_table(planreport.PLAN_COLUMNS, planreport.plan_rows(planned))
+    terminal.print_lines(["", *planreport.plan_summary(planned, free)])
 
 
 def _list(store: StoreOption = None, json_output: JsonOption = False) -> None:
@@ -395,6 +396,7 @@ def export(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A directory not there yet.")],
     to: Annotated[str, typer.Option("--to", metavar="mlx-lm|hf", help="Layout.")] = "mlx-lm",
     component: ComponentOption = None,
+    requantize: ExportRequantizeOption = None,
     store: StoreOption = None,
     json_output: JsonOption = False,
 ) -> None:
@@ -404,7 +406,8 @@ def export(
     from quantmill.load import open_model
 
     with open_model(name, component=component, store=_store(store)) as model:
-        written = write(model, folder, to)
+        written = write(model, folder, to, requantize=requantize)
+    terminal.warn(report.exported_warnings(written))
     if json_output:
         terminal.print_json(report.exported_json(written))
     else:

@@ -105,6 +105,16 @@ class Weight:
     reciprocal: bool = False
 
     @property
+    def is_mlx_global(self) -> bool:
+        """Whether the global scale is MLX's own number, 2688 times the factor.
+
+        mlx-lm writes it as `<m>.global_scale` beside `<m>.scales`; Ollama's is `<n>.global_scale`.
+        """
+        module = self.name.removesuffix(_WEIGHT)
+        beside = module != self.name and self.global_scale == f"{module}.global_scale"
+        return beside and self.scale is not None and self.scale.endswith(".scales")
+
+    @property
     def companions(self) -> tuple[str, ...]:
         """Raw names of scale, bias and global scale, as far as they are there."""
         return tuple(n for n in (self.scale, self.bias, self.global_scale) if n is not None)

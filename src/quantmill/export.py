@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ import numpy.typing as npt
 from quantmill import mlxlm, pipelines, strictjson
 from quantmill.errors import BadRequest, Corrupt
 from quantmill.files import translated
-from quantmill.formats import DTYPE_BYTES, Format
+from quantmill.formats import DTYPE_BYTES, Format, parse_request
 from quantmill.model import Model
 from quantmill.source import CONFIG, MODEL_INDEX, QUANTIZATION_CONFIG
 from quantmill.tensorfile import lay_out
@@ -31,6 +32,8 @@ SHARD_BYTES = 5 << 30
 """A shard is closed before it would grow beyond this; a larger tensor has one of its own."""
 
 TARGETS = ("mlx-lm", "hf")
+
+_MOST_FILES = 8192
 
 _TAGS = {
     mx.bfloat16: "BF16", mx.float16: "F16", mx.float32: "F32", mx.uint8: "U8", mx.uint16: "U16",
@@ -41,12 +44,16 @@ _TAGS = {
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """What was written: shard file names, tensors and bytes of tensor data."""
+    """What was written: shard file names, tensors and bytes of tensor data.
+
+    `decoded` are weights whose codes the layout has no place for.
+    """
 
     folder: Path
     shards: tuple[str, ...]
     tensors: int
     nbytes: int
+    decoded: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,41 +71,55 @@ class _Tensor:
 
 
 def export(
-    model: Model, folder: str | Path, to: str, *, shard_bytes: int = SHARD_BYTES
+    model: Model,
+    folder: str | Path,
+    to: str,
+    *,
+    requantize: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> Exported:
     """Write an open model into a new directory, in the layout `to` ("mlx-lm" or "hf").
 
     Everything is written beside the directory first and renamed at the end: an interrupted export
-    leaves no half directory. Tensors go through memory one at a time. Raises BadRequest when the
-    directory is there already, BadPlan for what the layout cannot hold.
+    leaves no half directory. Tensors go through memory one at a time. Weights whose codes
+    mlx-lm cannot hold (mlxlm.named_for) are written as numbers, or in the format `requantize`.
+    Raises BadRequest when the directory is there already, BadPlan for what the layout cannot hold.
     """
-    target = Path(folder)
+    target, again = Path(folder), parse_request(requantize)
     if to not in TARGETS:
         raise BadRequest(f"unknown layout {to!r}", hint=f"choose {' or '.join(TARGETS)}")
+    if again and to != "mlx-lm":
+        raise BadRequest("the layout hf holds decoded weights", hint="leave out --requantize")
     if target.exists():
         raise BadRequest(f"{target} is there already", hint="name a directory that is not")
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     with translated(target):
         partial.mkdir(parents=True)
+    decoded: tuple[str, ...] = ()
     try:
-        written = _write_mlx_lm(model, partial, shard_bytes) if to == "mlx-lm" else _write_hf(
-            model, partial, shard_bytes
-        )  # fmt: skip
+        if to == "mlx-lm":
+            written, decoded = _write_mlx_lm(model, partial, shard_bytes, again)
+        else:
+            written = _write_hf(model, partial, shard_bytes)
         with translated(target):
             partial.rename(target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    return Exported(target, *written)
+    return Exported(target, *written, decoded)
 
 
 _Written = tuple[tuple[str, ...], int, int]
 
 
-def _write_mlx_lm(model: Model, folder: Path, shard_bytes: int) -> _Written:
+def _write_mlx_lm(
+    model: Model, folder: Path, shard_bytes: int, again: Format | None
+) -> tuple[_Written, tuple[str, ...]]:
+    _allow_many_files()
     target, config = mlxlm.empty_model(model)
-    named = mlxlm.named_for(model, target, keep_global=True)
-    tensors = [_lazy(name, array) for name, array in sorted(named.weights.items())]
+    named = mlxlm.named_for(model, target, again)
+    model.forget()  # what is written is let go of: only the arrays not written yet are held
+    tensors = [_lazy(name, named.weights) for name in sorted(named.weights)]
     logical = sum(_logical(t, named.formats) for t in tensors)
     mlxlm.write_files(model, folder)
     # mlx-lm leaves these out as well: they name a place, or a tower that its classes drop
@@ -107,7 +128,16 @@ def _write_mlx_lm(model: Model, folder: Path, shard_bytes: int) -> _Written:
         kept["quantization"] = mlxlm.quantization_config(target, named.formats)
         kept["quantization_config"] = kept["quantization"]
     _write_json(folder / CONFIG, dict(sorted(kept.items())))
-    return _write_shards(folder, tensors, shard_bytes, {"total_parameters": logical})
+    written = _write_shards(folder, tensors, shard_bytes, {"total_parameters": logical})
+    return written, named.decoded
+
+
+def _allow_many_files() -> None:
+    """Let as many files be open as the system permits: an array not read yet holds its file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _logical(tensor: _Tensor, formats: Mapping[str, Format]) -> int:
@@ -179,6 +209,12 @@ def _decoded(model: Model, name: str, prefix: str = "") -> Iterator[_Tensor]:
         dtype = model.dtype(name)
     else:
         dtype = model.scale_dtype(name) if params.format.has_bias else "BF16"
+    if mlxlm.keeps_stacks(model.config) and params is not None and len(shape) == 3:
+        # gpt-oss is published with stacks of transposed matrices, under names without `.weight`
+        turned = (shape[0], shape[2], shape[1])
+        plain = written.removesuffix(".weight")
+        yield _Tensor(plain, dtype, turned, lambda: model.decode(name).swapaxes(1, 2))
+        return
     stack = mlxlm.stack_name(written) if len(shape) == 3 else None
     if stack is None:
         yield _Tensor(written, dtype, shape, lambda: model.decode(name))
@@ -192,10 +228,14 @@ def _decoded(model: Model, name: str, prefix: str = "") -> Iterator[_Tensor]:
         )
 
 
-def _lazy(name: str, array: mx.array) -> _Tensor:
+def _lazy(name: str, weights: dict[str, mx.array]) -> _Tensor:
+    """A tensor that is taken out of `weights` when it is written, so that its memory is freed."""
+
     def read() -> npt.NDArray[Any]:
+        array = weights.pop(name)
         return np.asarray(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array)
 
+    array = weights[name]
     return _Tensor(name, _TAGS[array.dtype], tuple(array.shape), read)
 
 

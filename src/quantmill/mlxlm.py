@@ -11,7 +11,7 @@ import importlib.util
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from mlx.utils import tree_flatten
 from quantmill.errors import BadPlan, BadRequest, Corrupt
 from quantmill.formats import Format
 from quantmill.model import Model, Parts
+from quantmill.quantparams import SHAPES, Params
 from quantmill.source import CONFIG, MODEL_INDEX
 
 _STACK = re.compile(r"(.*\.experts)\.([^.]+)\.weight")
@@ -31,10 +32,14 @@ _CODES = mx.uint32
 
 @dataclass(frozen=True, slots=True)
 class Named:
-    """Arrays under mlx-lm's parameter names, and the format of every quantized module path."""
+    """Arrays under mlx-lm's parameter names, and the format of every quantized module path.
 
-    weights: Mapping[str, mx.array]
+    `decoded` are weights whose codes mlx-lm has no place for: they come as numbers.
+    """
+
+    weights: dict[str, mx.array]
     formats: Mapping[str, Format]
+    decoded: tuple[str, ...] = ()
 
 
 def require_mlx_lm() -> None:
@@ -143,15 +148,14 @@ def empty_model(model: Model) -> tuple[nn.Module, dict[str, Any]]:
         ) from None
 
 
-def named_for(model: Model, target: nn.Module, *, keep_global: bool = False) -> Named:
+def named_for(model: Model, target: nn.Module, again: Format | None = None) -> Named:
     """The model's arrays under the parameter names of `target`, still lazy.
 
-    nvfp4 weights with a global scale, for which mlx-lm's layers have no place, are decoded to BF16;
-    with `keep_global` they are refused. Raises BadPlan and Corrupt.
+    Weights that mlx-lm's layers cannot hold as they are come decoded to BF16: matrices that it
+    splits and transposes, and nvfp4 with a global scale, which `again` quantizes to that format.
+    Raises BadPlan and Corrupt.
     """
-    flat: Any = tree_flatten(target.parameters())
-    own = {name for name, _ in flat}
-    parts = _unstacked(model, keep_global, own)
+    parts, decoded = _unstacked(model, again)
     packed = {name: p for name, p in parts.items() if p.params is not None}
     formats = sorted({p.params.format for p in packed.values() if p.params})
 
@@ -176,7 +180,7 @@ def named_for(model: Model, target: nn.Module, *, keep_global: bool = False) -> 
         weights[f"{path}.scales"] = scales[name]
         if fmt.has_bias:
             weights[f"{path}.biases"] = biases[name]
-    return Named(weights, chosen)
+    return Named(weights, chosen, decoded)
 
 
 def _biases(parts: Parts) -> mx.array | None:
@@ -205,30 +209,59 @@ def _sanitized(target: nn.Module, weights: dict[str, mx.array]) -> dict[str, mx.
     return found
 
 
-def _unstacked(model: Model, keep_global: bool, own: Collection[str]) -> dict[str, Parts]:
+# Weights that `sanitize` splits and transposes, so that groups no longer run along the last axis:
+# latent attention's (DeepSeek, Kimi, GLM), which mlx-lm absorbs into two other matrices.
+_TRANSPOSED = (".kv_b_proj.weight",)
+
+# Files that describe the quantization of the source and not of what was made of it.
+_STALE = frozenset({"hf_quant_config.json", "quant_config.json", "quantize_config.json"})
+
+# Model types whose classes take stacks of experts as they are, under names with `.weight`.
+_STACKED_TYPES = frozenset({"gpt_oss"})
+
+
+def keeps_stacks(config: Mapping[str, Any]) -> bool:
+    """Whether this model is published with stacks that single experts cannot be made of."""
+    return config.get("model_type") in _STACKED_TYPES
+
+
+def _unstacked(model: Model, again: Format | None) -> tuple[dict[str, Parts], tuple[str, ...]]:
     """Every weight; stacks that were made of single experts taken apart again, as views.
 
     mlx-lm's classes expect either single experts or the stacked form that some models are published
-    in, whose names lack `.weight`; or, where that is one of their `own` names, the stack itself.
+    in, whose names lack `.weight`.
     """
     found: dict[str, Parts] = {}
+    decoded = []
+    whole = keeps_stacks(model.config)
     for name in model:
         parts = model.parts(name)
         if parts.global_scale is not None:
-            if keep_global:
-                raise BadPlan(
-                    f"{model.where}: mlx-lm has no place for the global scale of {name!r}",
-                    kind="global_scale",
-                    hint="--to hf writes it decoded",
-                )
-            parts = Parts(model.dequantize(name))
-        stack = stack_name(name)
-        if stack is None or name in own or parts.weight.ndim != 3:
+            decoded.append(name)
+            parts = _without_global(model, name, again)
+        elif parts.params is not None and name.endswith(_TRANSPOSED):
+            decoded.append(name)
+            parts = Parts(model.dequantize_lazily(name))
+        stack = None if whole else stack_name(name)
+        if stack is None or parts.weight.ndim != 3:
             found[name] = parts
             continue
         for index in range(parts.weight.shape[0]):
             found[f"{stack[0]}.{index}.{stack[1]}.weight"] = parts.at(index)
-    return found
+    return found, tuple(decoded)
+
+
+def _without_global(model: Model, name: str, again: Format | None) -> Parts:
+    """The weight as numbers, or in a format that mlx-lm has a place for; computed when used."""
+    numbers = model.dequantize_lazily(name)
+    if again is None:
+        return Parts(numbers)
+    if numbers.shape[-1] % again.group_size:
+        return Parts(numbers)
+    with mx.stream(mx.cpu):
+        made = mx.quantize(numbers, again.group_size, again.bits, mode=again.mode)
+    biases = made[2] if again.has_bias else None
+    return Parts(made[0], made[1], biases, params=Params(again, SHAPES))
 
 
 def stack_name(name: str) -> tuple[str, str] | None:
@@ -331,8 +364,10 @@ def _refuse_pipeline(model: Model) -> None:
 
 
 def write_files(model: Model, folder: Path) -> None:
-    """Write the model's side files into a directory."""
+    """Write the model's side files into a directory, those about the source's codes aside."""
     for name in model.files:
+        if name in _STALE:
+            continue
         target = folder / name
         if not target.resolve().is_relative_to(folder.resolve()):
             raise Corrupt(f"{model.where}: file name {name!r} leads out of the model")

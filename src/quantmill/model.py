@@ -7,6 +7,8 @@ used. load.py opens one (docs/loading.md).
 from __future__ import annotations
 
 import mmap
+import resource
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -20,6 +22,7 @@ from quantmill.files import translated
 from quantmill.formats import FLOAT_DTYPES, Format
 from quantmill.quantconfig import QuantConfig, Written
 from quantmill.quantparams import Params, recorded, resolve
+from quantmill.weights import MAX_SCALE
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -28,8 +31,8 @@ if TYPE_CHECKING:
 
     from quantmill.decode import Decoded
 
-# MLX keeps a file open until its arrays are evaluated, and macOS allows 256 open files.
-_MAX_OPEN = 64
+# MLX keeps a file open until its arrays are evaluated; macOS allows 256 open files at first.
+_FEWEST_OPEN = 64
 
 # What a mapped tensor looks like to NumPy, which has neither bf16 nor 8-bit floats: their bits.
 _NUMPY = {
@@ -189,6 +192,8 @@ class Model:
         scale = self._optional(weight.global_scale)
         if scale is not None and weight.reciprocal:
             scale = scale.reciprocal()
+        if scale is not None and weight.is_mlx_global:
+            scale = scale / MAX_SCALE
         return Parts(
             self._array(weight.codes),
             self._optional(weight.scale),
@@ -223,7 +228,7 @@ class Model:
             return (parts if index is None else parts.at(index)).weight
         found = self._decoded(name, index)
         if found is None:
-            return self._dequantized(name, index)
+            return self.dequantize_lazily(name, index)
         import mlx.core as mx
 
         array = mx.array(found.array)
@@ -243,7 +248,7 @@ class Model:
         import mlx.core as mx
         import numpy as np
 
-        array = self._dequantized(name, index)
+        array = self.dequantize_lazily(name, index)
         return np.asarray(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array)
 
     def _decoded(self, name: str, index: int | None) -> Decoded | None:
@@ -257,14 +262,25 @@ class Model:
             self._view(weight.codes),
             self._view(weight.scale),
             self._view(weight.bias) if weight.bias else None,
-            self._view(weight.global_scale) if weight.global_scale else None,
+            self._factor(weight),
             weight.reciprocal,
             [self._tensors[raw].dtype for raw in (weight.scale, weight.bias) if raw],
         )
         return decode(packed if index is None else packed.at(index), params.format)
 
-    def _dequantized(self, name: str, index: int | None) -> mx.array:
-        """The same by MLX, for parameters that the kernels have no code for."""
+    def _factor(self, weight: Weight) -> npt.NDArray[Any] | None:
+        """The global scale, as a factor or its reciprocal."""
+        if weight.global_scale is None:
+            return None
+        found = self._view(weight.global_scale)
+        return found / found.dtype.type(MAX_SCALE) if weight.is_mlx_global else found
+
+    def dequantize_lazily(self, name: str, index: int | None = None) -> mx.array:
+        """What `dequantize` gives, not computed yet: nothing is read before it is used.
+
+        MLX does the work, also for parameters that the kernels have no code for. The weight must be
+        quantized. Raises NotFound.
+        """
         import mlx.core as mx
 
         parts = self.parts(name)
@@ -312,6 +328,12 @@ class Model:
         if name not in self.files:
             raise NotFound(f"{self.where} has no file {name!r}", kind="config_not_found")
         return self._read_file(name)
+
+    def forget(self) -> None:
+        """Keep no arrays: those handed out stay valid, others are read again when they are used."""
+        if self._arrays is not None:
+            self._arrays = {}
+        self._open.clear()
 
     def release(self) -> None:
         """Let go of arrays and mappings; names and parameters stay, arrays can no longer be had."""
@@ -363,7 +385,7 @@ class Model:
         import mlx.core as mx
 
         if path not in self._open:
-            if len(self._open) >= _MAX_OPEN:
+            if len(self._open) >= max(_FEWEST_OPEN, _allowed_files() // 2):
                 mx.eval(self._arrays)
                 self._open.clear()
             try:
@@ -381,6 +403,11 @@ class Model:
             with translated(path), path.open("rb") as file:
                 self._maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         return self._maps[path]
+
+
+def _allowed_files() -> int:
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return sys.maxsize if soft == resource.RLIM_INFINITY else soft
 
 
 def _recorded_elsewhere(tensors: Mapping[str, Located]) -> Written | None:

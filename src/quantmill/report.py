@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from quantmill.plans import CODES, RECODE, ZERO
-
 if TYPE_CHECKING:  # values only: a report needs none of the machinery that makes them
-    from quantmill.creation import Created
     from quantmill.errors import QuantmillError
     from quantmill.export import Exported
     from quantmill.facts import DraftFacts, FormatShare, Listed, ModelFacts
     from quantmill.formats import Format
     from quantmill.generate import Piece
     from quantmill.kernels import Kernels
-    from quantmill.plans import Plan, TensorSpec
     from quantmill.pruning import PrunePlan, Removed
     from quantmill.store import BlobFile
     from quantmill.stored import StoredTensor
@@ -39,7 +34,8 @@ def shape_text(shape: Sequence[int]) -> str:
     return " x ".join(map(str, shape)) or "scalar"
 
 
-def _plural(count: int, noun: str) -> str:
+def plural(count: int, noun: str) -> str:
+    """A count with its noun."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
@@ -55,192 +51,11 @@ def error_json(error: QuantmillError) -> dict[str, Any]:
     }
 
 
-def _format_json(fmt: Format | None) -> dict[str, Any] | None:
+def format_json(fmt: Format | None) -> dict[str, Any] | None:
+    """A format as its four words and numbers, null for none."""
     if fmt is None:
         return None
     return {"name": fmt.name, "mode": fmt.mode, "bits": fmt.bits, "group_size": fmt.group_size}
-
-
-# -- plan ------------------------------------------------------------------------------------------
-
-
-def plan_json(plan: Plan, free_bytes: int | None = None) -> dict[str, Any]:
-    """Totals for programs, one object per tensor, and under `plan` the whole plan."""
-    from quantmill.plans import plan_to_json
-
-    return {
-        "source_bytes": plan.source_bytes,
-        "stored_bytes": plan.blob_bytes,
-        "needed_bytes": plan.needed_bytes,
-        "free_bytes": free_bytes,
-        "bits_per_weight": round(plan.bits_per_weight, 4),
-        "tensors": [_spec_json(spec) for spec in plan.tensors],
-        "plan": plan_to_json(plan),
-    }
-
-
-def _spec_json(spec: TensorSpec) -> dict[str, Any]:
-    return {
-        "name": spec.name,
-        "sources": len(spec.sources),
-        "transform": spec.transform,
-        "dtype": spec.dtype,
-        "shape": list(spec.shape),
-        "format": _format_json(spec.format or spec.keeps),
-        "scheme": spec.scheme or None,
-        "rule": spec.rule,
-        "reason": spec.reason,
-        "stored_bytes": spec.nbytes,
-    }
-
-
-PLAN_COLUMNS: Row = ("tensor", "shape", "source", "becomes", "bytes", "why")
-
-
-def plan_rows(plan: Plan) -> list[Row]:
-    """One row for each weight, as PLAN_COLUMNS names them; scales and biases count with theirs."""
-    return [_plan_row(weight) for weight in _weights(plan)]
-
-
-def _weights(plan: Plan) -> list[list[TensorSpec]]:
-    """Specs weight by weight: the codes or numbers first, then what is copied with them."""
-    found: list[list[TensorSpec]] = []
-    for spec in plan.tensors:
-        if spec.role == CODES:
-            found.append([])
-        found[-1].append(spec)
-    return found
-
-
-def _plan_row(specs: list[TensorSpec]) -> Row:
-    main = specs[0]
-    fmt, shape = main.format or main.keeps, main.shape
-    if main.keeps:
-        shape = (*shape[:-1], main.keeps.columns(shape[-1]))
-    members = len(main.sources) // (len(main.coding.roles) if main.coding else 1)
-    return (
-        main.name,
-        shape_text(shape),
-        main.scheme or main.dtype,
-        fmt.label if fmt else main.dtype if main.scheme else "keep",
-        bytes_text(sum(spec.nbytes for spec in specs)),
-        main.reason + (f"; {members} stacked" if members > 1 else ""),
-    )
-
-
-def plan_summary(plan: Plan, free_bytes: int | None = None) -> list[str]:
-    """What the plan comes to."""
-    rows = plan_rows(plan)
-    counts = Counter(row[3] for row in rows)
-    parts = ", ".join(f"{n} {label}" for label, n in sorted(counts.items(), key=lambda c: -c[1]))
-    lines = [
-        f"{_plural(len(rows), 'tensor')} ({parts}); policy {plan.policy}",
-        f"{bytes_text(plan.source_bytes)} -> {bytes_text(plan.blob_bytes)}, "
-        f"{plan.bits_per_weight:.2f} bits per weight",
-        f"disk space needed: {bytes_text(plan.needed_bytes)}"
-        + (f", free: {bytes_text(free_bytes)}" if free_bytes is not None else ""),
-    ]
-    lines += scheme_lines(plan)
-    lines += _dropped_lines(plan)
-    lines += [f"left out: file {f.name} ({f.reason})" for f in plan.files if not f.media_type]
-    return lines
-
-
-def scheme_lines(plan: Plan) -> list[str]:
-    """What becomes of weights that were quantized already, and what that costs."""
-    counts: Counter[str] = Counter()
-    for spec in plan.tensors:
-        if spec.scheme and spec.role == CODES:
-            counts[_cost(spec)] += 1
-    return [f"{_plural(n, 'weight')}: {what}" for what, n in sorted(counts.items())]
-
-
-def _cost(spec: TensorSpec) -> str:
-    if spec.transform == RECODE:
-        assert spec.coding is not None
-        rounded = f", zero points rounded to {spec.dtype}" if ZERO in spec.coding.roles else ""
-        return f"{spec.scheme}, codes and scales kept{rounded}"
-    if not spec.is_decoded:
-        return f"{spec.scheme}, copied without loss"
-    if spec.format is None:
-        return f"{spec.scheme}, decoded to {spec.dtype}"
-    return (
-        f"{spec.scheme}, decoded and quantized again to {spec.format.label}: a second rounding, of "
-        f"up to half a step of {spec.format.name}, on top of the first"
-    )
-
-
-def _dropped_lines(plan: Plan) -> list[str]:
-    """What is left out: a line for each reason, with the first name."""
-    names: dict[str, list[str]] = {}
-    for dropped in plan.dropped:
-        names.setdefault(dropped.reason, []).append(dropped.name)
-    return [
-        f"left out: tensor {found[0]}"
-        + (f" and {len(found) - 1} more" if len(found) > 1 else "")
-        + f" ({reason})"
-        for reason, found in names.items()
-    ]
-
-
-# -- create ----------------------------------------------------------------------------------------
-
-
-def created_json(created: Created, ignored: Sequence[str] = ()) -> dict[str, Any]:
-    """The result of `create`; `ignored` are lines of the Modelfile without effect."""
-    plan = created.plan
-    return {
-        "name": created.name.display,
-        "base": created.base.display if created.base else None,
-        "digest": str(created.digest),
-        "size": created.size,
-        "entries": created.entries,
-        "new_blobs": created.new_blobs,
-        "resumed": created.resumed,
-        "profile": plan.options.profile,
-        "tensors": len(plan.tensors),
-        "source_bytes": plan.source_bytes,
-        "stored_bytes": plan.blob_bytes,
-        "bits_per_weight": round(plan.bits_per_weight, 4),
-        "format": plan.format.name if plan.format else None,
-        "policy": plan.policy,
-        "left_out": [f.name for f in plan.files if not f.media_type],
-        "dropped_tensors": [d.name for d in plan.dropped],
-        "non_finite": dict(created.non_finite),
-        "ignored": list(ignored),
-    }
-
-
-def created_lines(created: Created, seconds: float) -> list[str]:
-    """The result of `create` for people."""
-    plan = created.plan
-    fmt = plan.format.label if plan.format else "source precision"
-    rate = f", {bytes_text(plan.source_bytes / seconds)}/s" if seconds > 0.5 else ""
-    if created.base:
-        fmt = f"{created.base.display} with a draft model in {fmt}"
-    resumed = f", {created.resumed} from an earlier run" if created.resumed else ""
-    return [
-        f"created {created.name.display} ({fmt}): {_plural(len(plan.tensors), 'tensor')}, "
-        f"{bytes_text(plan.source_bytes)} -> {bytes_text(plan.blob_bytes)}, "
-        f"{plan.bits_per_weight:.2f} bits per weight, {seconds:.1f} s{rate}",
-        f"{_plural(created.entries, 'entry').replace('entrys', 'entries')}, "
-        f"{created.new_blobs} new tensor blobs{resumed}, rounding {plan.options.profile}, "
-        f"manifest {created.digest.short}",
-    ]
-
-
-def created_warnings(created: Created) -> list[str]:
-    """What a user should know about a `create` that went through."""
-    lines = [
-        f"tensor {name!r} holds {count} NaN or infinite values, quantized as asked"
-        for name, count in created.non_finite
-    ]
-    plan = created.plan
-    if any(s.is_decoded for s in plan.tensors):
-        lines += scheme_lines(plan)
-    lines += _dropped_lines(plan)
-    files = [f.name for f in created.plan.files if not f.media_type]
-    return [*lines, f"left out: {', '.join(files)}"] if files else lines
 
 
 # -- list and show ---------------------------------------------------------------------------------
@@ -314,7 +129,7 @@ def _draft_json(draft: DraftFacts | None) -> dict[str, Any] | None:
 def _draft_text(draft: DraftFacts | None) -> str:
     if draft is None:
         return ""
-    counts = f"{_plural(draft.tensors, 'tensor')}, {draft.weights:,} weights"
+    counts = f"{plural(draft.tensors, 'tensor')}, {draft.weights:,} weights"
     return f"{draft.architecture}, {counts}, {bytes_text(draft.nbytes)}"
 
 
@@ -332,7 +147,7 @@ def _tensor_json(tensor: StoredTensor) -> dict[str, Any]:
         "name": tensor.name,
         "dtype": tensor.dtype,
         "shape": list(tensor.shape),
-        "format": _format_json(tensor.format),
+        "format": format_json(tensor.format),
         "bytes": tensor.nbytes,
     }
 
@@ -375,7 +190,7 @@ def show_rows(facts: ModelFacts) -> list[Row]:
     rows += [
         (
             f"in {share.label}",
-            f"{_plural(share.tensors, 'tensor')}, {share.weights:,} weights, "
+            f"{plural(share.tensors, 'tensor')}, {share.weights:,} weights, "
             f"{bytes_text(share.nbytes)}",
         )
         for share in facts.shares
@@ -413,7 +228,7 @@ def verified_lines(found: Verified) -> list[str]:
         hurt = f"hurts {', '.join(d.models)}" if d.models else "no model uses it"
         lines.append(f"damaged: {d.message} ({hurt})")
     state = "all good" if not found.damage else f"{len(found.damage)} damaged"
-    checked = f"{_plural(found.models, 'model')}, {_plural(found.blobs, 'blob')}"
+    checked = f"{plural(found.models, 'model')}, {plural(found.blobs, 'blob')}"
     return [*lines, f"checked {checked}, {bytes_text(found.nbytes)}: {state}"]
 
 
@@ -435,14 +250,27 @@ def exported_json(exported: Exported) -> dict[str, Any]:
         "shards": list(exported.shards),
         "tensors": exported.tensors,
         "bytes": exported.nbytes,
+        "decoded": list(exported.decoded),
     }
+
+
+def exported_warnings(exported: Exported) -> list[str]:
+    """What a user should know about an `export` that went through."""
+    names = exported.decoded
+    if not names:
+        return []
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return [
+        f"mlx-lm cannot hold the codes of {names[0]}{more}: written decoded to BF16 (or, "
+        "where only a global scale is in the way, in the format of --requantize)"
+    ]
 
 
 def exported_lines(exported: Exported) -> list[str]:
     """The result of `export` for people."""
-    shards = _plural(len(exported.shards), "file")
+    shards = plural(len(exported.shards), "file")
     return [
-        f"wrote {_plural(exported.tensors, 'tensor')}, {bytes_text(exported.nbytes)}, "
+        f"wrote {plural(exported.tensors, 'tensor')}, {bytes_text(exported.nbytes)}, "
         f"in {shards} to {exported.folder}"
     ]
 
@@ -484,8 +312,8 @@ def removed_lines(removed: Removed) -> list[str]:
     """The result of `rm` for people."""
     lines = [f"removed {name.display}" for name in removed.names]
     if removed.left:
-        return [*lines, f"{_plural(removed.left, 'blob')} left for `quantmill prune`"]
-    return [*lines, f"{_plural(removed.blobs, 'blob')}, {bytes_text(removed.nbytes)} freed"]
+        return [*lines, f"{plural(removed.left, 'blob')} left for `quantmill prune`"]
+    return [*lines, f"{plural(removed.blobs, 'blob')}, {bytes_text(removed.nbytes)} freed"]
 
 
 def prune_json(plan: PrunePlan, *, dry_run: bool) -> dict[str, Any]:
@@ -508,12 +336,12 @@ def prune_lines(plan: PrunePlan, *, dry_run: bool) -> list[str]:
     verb = "would remove" if dry_run else "removed"
     lines = [f"{verb} {f.path.name} ({bytes_text(f.size)})" for f in (*plan.blobs, *plan.leftovers)]
     lines.append(
-        f"{verb} {_plural(len(plan.blobs), 'blob')} and "
-        f"{_plural(len(plan.leftovers), 'temporary file')}, {bytes_text(plan.nbytes)}"
+        f"{verb} {plural(len(plan.blobs), 'blob')} and "
+        f"{plural(len(plan.leftovers), 'temporary file')}, {bytes_text(plan.nbytes)}"
     )
     if plan.young:
         lines.append(
-            f"{_plural(plan.young, 'unreferenced file')} younger than the age limit kept; "
+            f"{plural(plan.young, 'unreferenced file')} younger than the age limit kept; "
             "--older-than 0 removes them too"
         )
     return lines

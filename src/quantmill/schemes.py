@@ -237,12 +237,9 @@ def _mlx_weights(
 
 
 def _global_meaning(weight: Weight) -> str:
-    """mlx-lm keeps MLX's own number beside its plural scales; Ollama a factor under the weight."""
-    assert weight.scale is not None
-    if weight.reciprocal:
-        return DIVIDES
-    beside = weight.global_scale == weight.name.removesuffix(".weight") + ".global_scale"
-    return MLX_GLOBAL if beside and weight.scale.endswith(".scales") else MULTIPLIES
+    if weight.is_mlx_global:
+        return MLX_GLOBAL
+    return DIVIDES if weight.reciprocal else MULTIPLIES
 
 
 def _native_config(source: Source) -> Mapping[str, object] | None:
