@@ -64,6 +64,14 @@ def interleave(weight: Floats, heads: int) -> Floats:
     return halves.swapaxes(1, 2).reshape(weight.shape)
 
 
+def deinterleave(weight: Floats, heads: int) -> Floats:
+    """The rows of a query or key projection as a checkpoint has them; others have no heads."""
+    if not heads:
+        return weight
+    pairs = weight.reshape(heads, weight.shape[0] // heads // 2, 2, *weight.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(weight.shape)
+
+
 def model(parts: Parts, *, tied: bool = True) -> dict[str, tuple[str, Floats]]:
     """Checkpoint name → GGUF name and weights."""
     norms, head_norms, matrices = parts
@@ -108,12 +116,38 @@ def write_gguf(
     arch: str,
     tensors: Mapping[str, tuple[Floats, str]],
     keys: Mapping[str, Any] = KEYS,
+    *,
+    split: int = 0,
+    empty_first: bool = False,
     **more: Any,
 ) -> Path:
-    """A GGUF file. Keys without a known first part belong to the architecture."""
-    writer = GGUFWriter(path, arch)
+    """A GGUF file, or parts of `split` tensors each. `keys` belong to the architecture."""
+    writer = GGUFWriter(path, arch, split_max_tensors=split, small_first_shard=empty_first)
     for key, value in {**{f"{arch}.{k}": v for k, v in keys.items()}, **more}.items():
         _add(writer, key, value)
+    for name, (values, kind) in tensors.items():
+        number = GGMLQuantizationType[kind]
+        writer.add_tensor(name, quants.quantize(values, number), raw_dtype=number)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def write_blocks(
+    path: Path,
+    arch: str,
+    blocks: Mapping[str, tuple[npt.NDArray[np.uint8], str]],
+    tensors: Mapping[str, tuple[Floats, str]],
+    keys: Mapping[str, Any],
+) -> Path:
+    """A GGUF file in which some tensors are given as rows of blocks."""
+    writer = GGUFWriter(path, arch)
+    for key, value in keys.items():
+        _add(writer, f"{arch}.{key}", value)
+    for name, (raw, kind) in blocks.items():
+        writer.add_tensor(name, raw, raw_dtype=GGMLQuantizationType[kind])
     for name, (values, kind) in tensors.items():
         number = GGMLQuantizationType[kind]
         writer.add_tensor(name, quants.quantize(values, number), raw_dtype=number)

@@ -22,13 +22,15 @@ LAYERS = [
     {"experts", "stacks", "classify", "policy", "planner", "modelconfig", "stored"}
     | {"coded", "floatcodes", "integercodes", "schemes", "prequantized", "hubfiles"}
     | {"pipelines", "adapters"}
-    | {"ggufnames", "ggufconfig", "gguftokenizer", "companions", "quantconfig", "quantparams"},
+    | {"ggufnames", "ggufconfig", "gguftokenizer", "ggufcodes"}
+    | {"companions", "quantconfig", "quantparams"},
     {
         "files",
         "store",
         "openfile",
         "checkpoint",
         "ggufsource",
+        "ggmlblocks",
         "opening",
         "parts",
         "components",

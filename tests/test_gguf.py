@@ -118,9 +118,9 @@ def test_a_float_model_comes_back_bit_for_bit(path: Path, kind: str, tied: bool)
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "MXFP4"])
 def test_a_block_quantized_model_is_decoded_to_bf16(path: Path, kind: str) -> None:
-    """Matrices are what the gguf library decodes, rounded to nearest even, rows put back."""
+    """Opened for numbers, matrices are what the library decodes, in BF16, rows put back."""
     number, found = GGMLQuantizationType[kind], model(LLAMA)
-    with open_gguf(llama(path, kind)) as opened:
+    with open_gguf(llama(path, kind), decode=True) as opened:
         for name, (_, values) in found.items():
             tensor = opened.source.tensors[name]
             assert tensor.dtype == "BF16"
@@ -140,12 +140,12 @@ def test_bf16_rounds_to_nearest_even(path: Path) -> None:
     expected = quants.dequantize(block, GGMLQuantizationType.Q8_0)
     tensors = stored(model(LLAMA), "Q8_0", convert_llama)
     write_gguf(path, "llama", tensors)
-    with open_gguf(path) as opened:
+    with open_gguf(path, decode=True) as opened:
         start = opened.source.tensors["model.embed_tokens.weight"].start
     data = bytearray(path.read_bytes())
     data[start : start + block.nbytes] = block.tobytes()
     path.write_bytes(data)
-    with open_gguf(path) as opened:
+    with open_gguf(path, decode=True) as opened:
         assert raw(opened, "model.embed_tokens.weight") == as_bf16(expected)
 
 
@@ -248,7 +248,7 @@ def test_stacked_experts_become_experts(path: Path) -> None:
         **KEYS, "expert_count": EXPERTS, "expert_used_count": 2, "expert_feed_forward_length": FFN
     }  # fmt: skip
     q8 = GGMLQuantizationType.Q8_0
-    with open_gguf(write_gguf(path, "qwen3moe", tensors, keys)) as opened:
+    with open_gguf(write_gguf(path, "qwen3moe", tensors, keys), decode=True) as opened:
         for name, stack in stacks.items():
             decoded = quants.dequantize(quants.quantize(stack, q8), q8)
             for n in range(EXPERTS):
@@ -287,7 +287,7 @@ def test_small_tensors_stay_f32_where_bf16_would_change_them(path: Path) -> None
     """One norm that BF16 cannot hold keeps every tensor stored as F32 in F32."""
     tensors = stored(model(LLAMA), "Q8_0", convert_llama)
     tensors["output_norm.weight"] = (np.full(HIDDEN, 1 + 2**-20, np.float32), "F32")
-    with open_gguf(write_gguf(path, "llama", tensors)) as opened:
+    with open_gguf(write_gguf(path, "llama", tensors), decode=True) as opened:
         dtypes = {name: t.dtype for name, t in opened.source.tensors.items()}
         assert dtypes["model.norm.weight"] == "F32"
         assert dtypes["model.layers.0.input_layernorm.weight"] == "F32"
@@ -295,10 +295,11 @@ def test_small_tensors_stay_f32_where_bf16_would_change_them(path: Path) -> None
         assert (floats(opened, "model.norm.weight") == np.float32(1 + 2**-20)).all()
 
 
-def test_reading_in_pieces_gives_the_whole(path: Path) -> None:
+@pytest.mark.parametrize("decode", [False, True])
+def test_reading_in_pieces_gives_the_whole(path: Path, decode: bool) -> None:
     """Bytes of any offset and length are those of the whole tensor, the permuted ones too."""
     random = np.random.default_rng(5)
-    with open_gguf(llama(path, "Q4_0")) as opened:
+    with open_gguf(llama(path, "Q4_0"), decode=decode) as opened:
         for name in ("model.layers.0.self_attn.q_proj.weight", "model.embed_tokens.weight"):
             tensor, whole = opened.source.tensors[name], raw(opened, name)
             for _ in range(200):
@@ -373,7 +374,7 @@ def test_linear_and_yarn_scaling_are_carried_over(path: Path) -> None:
 
 def test_smollm_has_the_tensors_its_config_asks_for(smollm: Path) -> None:
     """Names and shapes are complete for a llama with this config."""
-    with open_gguf(smollm) as opened:
+    with open_gguf(smollm, decode=True) as opened:
         config, tensors = config_of(opened), opened.source.tensors
         hidden, ffn, vocab = (config[k] for k in ("hidden_size", "intermediate_size", "vocab_size"))
         kv = config["num_key_value_heads"] * config["head_dim"]
@@ -393,7 +394,7 @@ def test_smollm_has_the_tensors_its_config_asks_for(smollm: Path) -> None:
 
 def test_smollm_has_the_published_config(smollm: Path) -> None:
     """The rebuilt config says what the model's own says."""
-    with open_gguf(smollm) as opened:
+    with open_gguf(smollm, decode=True) as opened:
         assert config_of(opened) == {
             "architectures": ["LlamaForCausalLM"], "attention_bias": False, "bos_token_id": 1,
             "eos_token_id": 2, "head_dim": 64, "hidden_act": "silu", "hidden_size": 576,
@@ -413,7 +414,7 @@ def test_smollm_has_the_values_the_library_decodes(smollm: Path) -> None:
     layer = {gguf: name for name, (gguf, _) in LLAMA[2].items()} | {
         gguf: name for name, gguf in LLAMA[0].items()
     }
-    with open_gguf(smollm) as opened:
+    with open_gguf(smollm, decode=True) as opened:
         for tensor in GGUFReader(smollm).tensors:
             values = quants.dequantize(tensor.data, tensor.tensor_type)
             stem = tensor.name.removesuffix(".weight")
@@ -538,6 +539,7 @@ def bpe(path: Path, pre: str, **more: Any) -> Path:
     ("pre", "digits"),
     [
         ("gpt-2", ["123", "4"]),
+        ("olmo", ["123", "4"]),
         ("smollm", ["1", "2", "3", "4"]),
         ("llama-bpe", ["<|x|>", "123", "4"]),
         ("qwen2", ["1", "2", "3", "4"]),
@@ -835,7 +837,8 @@ def test_memory_does_not_grow_with_the_tensor(path: Path) -> None:
     found = model(LLAMA)
     big = weights((VOCAB * 4000, HIDDEN), 1)
     found["model.embed_tokens.weight"] = ("token_embd.weight", big)
-    with open_gguf(write_gguf(path, "llama", stored(found, "Q8_0", convert_llama))) as opened:
+    write_gguf(path, "llama", stored(found, "Q8_0", convert_llama))
+    with open_gguf(path, decode=True) as opened:
         tensor = opened.source.tensors["model.embed_tokens.weight"]
         buffer = memoryview(bytearray(2**20))
         tracemalloc.start()

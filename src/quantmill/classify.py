@@ -15,7 +15,7 @@ from quantmill.formats import (
     parse_request,
     recorded_format,
 )
-from quantmill.source import Source, SourceTensor
+from quantmill.source import RAW_BLOCKS, Source, SourceTensor
 
 FLOAT = "float"
 PREQUANTIZED = "prequantized"
@@ -56,6 +56,12 @@ def classify(
         )
     packed = _first(tensors, lambda t: is_packed(t, tensors))
     if packed:
+        if decode and packed.blocks:
+            raise BadPlan(
+                f"tensor {packed.name!r} is there as blocks of a GGUF file, not as numbers",
+                kind="raw_blocks",
+                hint="open the file for decoding",
+            )
         if decode:
             return Kind(PREQUANTIZED, asked)
         if asked:
@@ -71,7 +77,7 @@ def classify(
                 kind="missing_weight_block_size",
             )
         return Kind(BLOCK_FP8, asked if decode else MXFP8)
-    if decode:
+    if decode and not any(t.blocks for t in tensors.values()):
         raise BadRequest(
             "the weights are not quantized, so nothing can be quantized again",
             kind="nothing_to_requantize",
@@ -100,7 +106,8 @@ def _is_blocked(weight: SourceTensor, tensors: Mapping[str, SourceTensor]) -> bo
 
 def is_packed(tensor: SourceTensor, tensors: Mapping[str, SourceTensor]) -> bool:
     """Whether this tensor shows that the checkpoint holds packed codes with scales."""
-    if tensor.name.endswith((".scales", ".weight_packed", ".weight.scale")):
+    raw_blocks = tensor.blocks and tensor.dtype == RAW_BLOCKS
+    if raw_blocks or tensor.name.endswith((".scales", ".weight_packed", ".weight.scale")):
         return True
     if tensor.name.endswith("_scales"):
         return tensor.name.removesuffix("_scales") + "_blocks" in tensors

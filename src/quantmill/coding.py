@@ -18,11 +18,14 @@ import numpy.typing as npt
 from quantmill.elements import from_float32, to_float32
 from quantmill.errors import BadWeights
 from quantmill.formats import DTYPE_BYTES
+from quantmill.ggmlblocks import split
+from quantmill.ggufcodes import EXACT
 from quantmill.plans import (
     BIAS,
     CODES,
     COLUMNS,
     DIVIDES,
+    GGML,
     GLOBAL,
     INDEX,
     MLX_GLOBAL,
@@ -103,6 +106,10 @@ def recoded(
     of their own.
     """
     assert spec.format is not None
+    assert spec.coding is not None
+    if spec.coding.layout == GGML:
+        yield from _from_blocks(spec, sources, read, nbytes)
+        return
     for matrix, rows in _pieces(spec, sources, read, nbytes):
         if not spec.format.has_bias:
             yield _as_mxfp8(rows, spec.format.group_size)
@@ -135,6 +142,32 @@ def _as_mxfp8(rows: Rows, group_size: int) -> Quantized:
     serving = groups // rows.group if rows.group else np.zeros_like(groups)
     scales = np.broadcast_to(rows.scale, (rows.codes.shape[0], rows.scale.shape[1]))
     return Quantized(_bytes(rows.codes).data, _bytes(scales[:, serving]).data, None)
+
+
+def _from_blocks(
+    spec: TensorSpec, sources: Sequence[SourceTensor], read: Read, nbytes: int
+) -> Iterator[Quantized]:
+    """Rows of a GGUF file's blocks, which have codes and scales side by side."""
+    assert spec.format is not None
+    assert spec.coding is not None
+    fmt, columns = spec.format, spec.shape[-1]
+    at_once = max(1, nbytes // (columns * DTYPE_BYTES[spec.dtype]))
+    for source in sources:
+        row_bytes = source.shape[-1]
+        blocks = columns // EXACT[spec.coding.element].elements
+        raw = np.empty(min(at_once * row_bytes, source.nbytes), np.uint8)
+        for start in range(0, source.nbytes, raw.size):
+            part = raw[: source.nbytes - start]
+            read(source, start, part.data)
+            found = split(spec.coding.element, part.reshape(-1, row_bytes // blocks))
+            codes = found.codes.reshape(-1, columns)
+            times = codes.size // fmt.group_size // found.scales.size
+            scales, biases = (
+                None if values is None else _bytes(np.repeat(values, times)).data
+                for values in (found.scales, found.biases)
+            )
+            assert scales is not None
+            yield Quantized(pack(codes, fmt.bits).data, scales, biases)
 
 
 def held_bytes(spec: TensorSpec) -> int:

@@ -12,7 +12,7 @@ from quantmill import mediatypes, modelconfig, pipelines, strictjson
 from quantmill.adaptersource import with_adapter
 from quantmill.classify import FLOAT, Kind, classify
 from quantmill.digests import Digest
-from quantmill.drafts import Base, open_with_draft, stored_base, with_draft
+from quantmill.drafts import Base, Numbers, open_with_draft, stored_base, with_draft
 from quantmill.errors import BadRequest, BadSource, Corrupt, StoreError
 from quantmill.execute import Progress, Written, recorded_options, write_blobs
 from quantmill.formats import parse_request
@@ -74,7 +74,8 @@ def plan(
     """
     request = Request(quantize, group_size, requantize, draft_quantize)
     base = _base(store, source, request, draft)
-    with _opened(source, draft, merge_lora, base, follow_links, fetching) as checkpoint:
+    numbers = request.numbers(options)
+    with _opened(source, draft, merge_lora, base, numbers, follow_links, fetching) as checkpoint:
         return plan_for(checkpoint.source, request, options)
 
 
@@ -100,6 +101,12 @@ class Request:
     def decode(self) -> bool:
         """Whether quantized weights shall be decoded."""
         return self.requantize is not None
+
+    def numbers(self, options: Options | None) -> Numbers:
+        """Of which parts of a model numbers are needed: a format is asked for, in whatever way."""
+        rules = options.overrides if options else ()
+        ruled = any(rule.format for rule in rules)
+        return Numbers(bool(self.decode or self.word) or ruled, bool(self.draft_quantize) or ruled)
 
     @property
     def word(self) -> str | None:
@@ -176,8 +183,7 @@ def create(
     then name a stored model, whose blobs are used as they are. `merge_lora` is the directory of a
     LoRA adapter that is added to the weights, in float32, before they are quantized.
 
-    Raises BadName, BadRequest, BadSource, BadWeights, BadPlan, OverBudget and StoreError; each
-    names the file, tensor or name.
+    Raises BadName, BadRequest, BadSource, BadWeights, BadPlan, OverBudget and StoreError.
     """
     target = as_name(name)
     store = store or Store()
@@ -185,7 +191,8 @@ def create(
     draft = draft or (modelfile.draft if modelfile else None)
     base = _base(store, source, request, draft)
     options = on_device(device, options or Options())
-    with _opened(source, draft, merge_lora, base, follow_links, fetching) as checkpoint:
+    numbers = request.numbers(options)
+    with _opened(source, draft, merge_lora, base, numbers, follow_links, fetching) as checkpoint:
         found = checkpoint.source
         decided = plan_for(found, request, options)
         config = mediatypes.CONFIG, None, _config(decided, found, modelfile, base)
@@ -242,14 +249,18 @@ def _opened(
     draft: str | Path | None,
     adapter: str | Path | None,
     base: Base | None,
+    numbers: Numbers,
     follow_links: bool,
     fetching: Report | None = None,
 ) -> OpenSource:
     place = locate(source, fetching) if base is None else source
+    if adapter is not None:  # it is added to numbers
+        numbers = replace(numbers, of_model=True)
     if draft is None:
-        opened = open_source(place, follow_links=follow_links)
+        opened = open_source(place, follow_links=follow_links, decode=numbers.of_model)
     else:
-        opened = open_with_draft(place, locate(draft, fetching), base, follow_links=follow_links)
+        small = locate(draft, fetching)
+        opened = open_with_draft(place, small, base, numbers, follow_links=follow_links)
     if adapter is None:
         return opened
     return with_adapter(opened, adapter, follow_links=follow_links)

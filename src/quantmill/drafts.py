@@ -118,8 +118,21 @@ def _refuse_draft_names(shown: str, names: Iterable[str]) -> None:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Numbers:
+    """Of which parts of a model the weights are needed as numbers, not as the codes they have."""
+
+    of_model: bool = False
+    of_draft: bool = False
+
+
 def open_with_draft(
-    source: str | Path, draft: str | Path, base: Base | None, *, follow_links: bool = False
+    source: str | Path,
+    draft: str | Path,
+    base: Base | None,
+    numbers: Numbers = Numbers(),
+    *,
+    follow_links: bool = False,
 ) -> OpenParts:
     """Open a checkpoint and its draft model as one source; with a stored base the draft alone.
 
@@ -129,10 +142,14 @@ def open_with_draft(
         opened: dict[str, OpenSource] = {}
         parts = []
         if base is None:
-            opened[""] = model = stack.enter_context(_open_base(source, follow_links))
+            opened[""] = model = stack.enter_context(
+                _open_base(source, follow_links, numbers.of_model)
+            )
             parts.append(Part("model", MODEL, model.source))
         with naming(DRAFT):
-            small = stack.enter_context(open_source(draft, follow_links=follow_links))
+            small = stack.enter_context(
+                open_source(draft, follow_links=follow_links, decode=numbers.of_draft)
+            )
             if small.source.parts:
                 raise BadSource(
                     f"{draft} is made of components",
@@ -147,9 +164,9 @@ def open_with_draft(
     return found
 
 
-def _open_base(source: str | Path, follow_links: bool) -> OpenSource:
+def _open_base(source: str | Path, follow_links: bool, decode: bool) -> OpenSource:
     try:
-        opened = open_source(source, follow_links=follow_links)
+        opened = open_source(source, follow_links=follow_links, decode=decode)
     except BadSource as error:
         if error.kind != "not_a_model_dir":
             raise

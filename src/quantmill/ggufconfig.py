@@ -25,7 +25,19 @@ _SAME = 1e-3
 _SCALED_BY_WIDTH = {"gemma2": 46, "gemma3": 62}
 _GEMMA3_PATTERN = 6
 
-_WITH_BIAS_KEY = frozenset({"llama", "qwen3", "qwen3_moe"})
+_WITH_BIAS_KEY = frozenset(
+    {"llama", "qwen3", "qwen3_moe", "granite", "smollm3", "olmo2", "gpt_oss"}
+)
+_WITH_MLP_BIAS_KEY = frozenset({"llama", "granite", "smollm3"})
+
+# The one step at which published models of this kind leave out rotary embeddings.
+_SMOLLM3_STEP = 4
+
+_WINDOW = "attention.sliding_window"
+_EPSILONS = {
+    False: ("rms_norm_eps", "attention.layer_norm_rms_epsilon"),
+    True: ("norm_epsilon", "attention.layer_norm_epsilon"),
+}
 
 _TORCH = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -100,11 +112,7 @@ def rebuild_config(
     `dtype` is the one of the matrices, `factors` the content of the ROPE_FACTORS tensors.
     """
     heads, row = heads_of(found), found.row
-    if row.model_type == "llama" and found.has("expert_count"):
-        raise BadSource(
-            f"{found.file}: GGUF files of Mixtral models cannot be imported",
-            kind="unsupported_gguf_architecture",
-        )
+    _refuse_relatives(found)
     config = {
         "architectures": [row.class_name],
         "model_type": row.model_type,
@@ -114,9 +122,9 @@ def rebuild_config(
         "num_attention_heads": heads.queries,
         "num_key_value_heads": heads.keys,
         "head_dim": heads.width,
-        "hidden_act": None if row.norm_shift else "silu",
+        "hidden_act": None if row.norm_shift else "gelu_pytorch_tanh" if row.layer_norm else "silu",
         "hidden_activation": "gelu_pytorch_tanh" if row.norm_shift else None,
-        "rms_norm_eps": found.number("attention.layer_norm_rms_epsilon"),
+        _EPSILONS[row.layer_norm][0]: found.number(_EPSILONS[row.layer_norm][1]),
         "rope_theta": float(found.number("rope.freq_base", 10000.0)),
         "rope_scaling": _rope_scaling(found, heads, factors),
         "vocab_size": header.tensors[EMBEDDING].shape[0],
@@ -127,11 +135,24 @@ def rebuild_config(
     config |= {key: found.token_id(which) for key, which in _IDS.items()}
     if row.model_type in _WITH_BIAS_KEY:
         config["attention_bias"] = "blk.0.attn_q.bias" in header.tensors
-    if row.model_type == "llama":
+    if row.layer_norm:
+        config["use_bias"] = "blk.0.attn_q.bias" in header.tensors
+    if row.model_type in _WITH_MLP_BIAS_KEY:
         config["mlp_bias"] = "blk.0.ffn_down.bias" in header.tensors
     if row.model_type in _SPECIFIC:
         config |= _SPECIFIC[row.model_type](found)
     return {key: value for key, value in config.items() if value is not None}
+
+
+def _refuse_relatives(found: Metadata) -> None:
+    """Raise BadSource for models that go by the name of another architecture."""
+    relatives = {("llama", "expert_count"): "Mixtral", ("olmo2", _WINDOW): "Olmo 3"}
+    for (name, key), what in relatives.items():
+        if found.name == name and found.has(key):
+            raise BadSource(
+                f"{found.file}: GGUF files of {what} models cannot be imported",
+                kind="unsupported_gguf_architecture",
+            )
 
 
 def rebuild_generation_config(found: Metadata) -> dict[str, Any]:
@@ -201,9 +222,36 @@ def _phi3(found: Metadata) -> dict[str, Any]:
     }
 
 
+def _granite(found: Metadata) -> dict[str, Any]:
+    return {
+        "attention_multiplier": float(found.number("attention.scale")),
+        "embedding_multiplier": float(found.number("embedding_scale")),
+        "residual_multiplier": float(found.number("residual_scale")),
+        "logits_scaling": float(found.number("logit_scale")),
+    }
+
+
+def _smollm3(found: Metadata) -> dict[str, Any]:
+    del found
+    return {"no_rope_layer_interval": _SMOLLM3_STEP}
+
+
+def _gpt_oss(found: Metadata) -> dict[str, Any]:
+    kinds = ("sliding_attention", "full_attention")
+    layers = found.whole("block_count")
+    return {
+        "num_local_experts": found.whole("expert_count"),
+        "num_experts_per_tok": found.whole("expert_used_count"),
+        "intermediate_size": found.whole("expert_feed_forward_length"),
+        "sliding_window": found.whole(_WINDOW),
+        "layer_types": [kinds[n % 2] for n in range(layers)],
+    }
+
+
 _SPECIFIC = {
     "qwen2_moe": _qwen2_moe, "qwen3_moe": _qwen3_moe, "gemma2": _gemma2, "gemma3_text": _gemma3,
-    "phi3": _phi3,
+    "phi3": _phi3, "granite": _granite, "smollm3": _smollm3,
+    "gpt_oss": _gpt_oss,
 }  # fmt: skip
 
 
@@ -232,11 +280,22 @@ def _rope_scaling(
         "factor": float(found.number("rope.scaling.factor")),
     }
     if kind == "yarn":
-        original = found.whole("rope.scaling.original_context_length")
-        return scaling | {"original_max_position_embeddings": original}
+        return scaling | _yarn(found)
     if kind != "linear":
         raise _unknown_scaling(found, f"rotary scaling {kind!r}")
     return scaling
+
+
+def _yarn(found: Metadata) -> dict[str, Any]:
+    original = found.whole("rope.scaling.original_context_length")
+    ends = {
+        key: float(found.number(f"rope.scaling.yarn_{key}"))
+        for key in ("beta_fast", "beta_slow")
+        if found.has(f"rope.scaling.yarn_{key}")
+    }
+    # its published models do not round the ends of the range to whole dimensions
+    exact = {"truncate": False} if found.row.model_type == "gpt_oss" else {}
+    return {"original_max_position_embeddings": original, **ends, **exact}
 
 
 def _llama3_scaling(

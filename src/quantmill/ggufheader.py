@@ -7,9 +7,10 @@ allocated for it before. The gguf library's own reader trusts them, so it is not
 from __future__ import annotations
 
 import math
+import re
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from quantmill.errors import BadSource
@@ -40,7 +41,7 @@ Blocks = Mapping[int, tuple[str, int, int]]
 
 @dataclass(frozen=True, slots=True)
 class GgufTensor:
-    """A tensor as the file stores it; `shape` is outermost first, `start` counts from byte 0."""
+    """A tensor as `file` stores it; `shape` is outermost first, `start` counts from byte 0."""
 
     name: str
     kind: str
@@ -49,6 +50,7 @@ class GgufTensor:
     nbytes: int
     block: int
     block_bytes: int
+    file: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +92,69 @@ def parse_header(
     return GgufHeader(metadata, _place(entries, cursor, metadata))
 
 
+# -- parts ---------------------------------------------------------------------------------------
+
+_PART = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})\.gguf")
+_SPLIT_NO, _SPLIT_COUNT, _SPLIT_TENSORS = "split.no", "split.count", "split.tensors.count"
+
+
+def part_names(name: str) -> list[str]:
+    """The names of all parts of a model that is split, in order; of one that is not, its own.
+
+    Raises BadSource for a number beyond the count.
+    """
+    found = _PART.fullmatch(name)
+    if found is None:
+        return [name]
+    stem, number, count = found[1], int(found[2]), int(found[3])
+    if not 0 < number <= count:
+        raise bad_gguf(name, f"there is no part {number} of {count}")
+    return [f"{stem}-{n:05}-of-{count:05}.gguf" for n in range(1, count + 1)]
+
+
+def join_parts(headers: Mapping[str, GgufHeader]) -> GgufHeader:
+    """One header for the parts of a model: the first part's metadata and the tensors of all.
+
+    `headers` are in the order of the parts' names. Raises BadSource, naming the file, where a part
+    says that it is another one, or that there are more or fewer parts or tensors.
+    """
+    tensors: dict[str, GgufTensor] = {}
+    for number, (file, header) in enumerate(headers.items()):
+        _check_part(file, header.metadata, number, len(headers))
+        for name, tensor in header.tensors.items():
+            if name in tensors:
+                raise bad_gguf(file, f"tensor {name!r} is in {tensors[name].file} too")
+            tensors[name] = tensor
+    first = next(iter(headers.values()))
+    for file, header in headers.items():
+        stated = header.metadata.get(_SPLIT_TENSORS)
+        if len(headers) > 1 and stated != len(tensors):
+            raise bad_gguf(
+                file,
+                f"{_SPLIT_TENSORS} is {stated!r}; the {len(headers)} parts have {len(tensors)}",
+                "the parts are not those of one model; fetch them again",
+            )
+    return GgufHeader(first.metadata, tensors)
+
+
+def _check_part(file: str, metadata: Mapping[str, Any], number: int, count: int) -> None:
+    stated = metadata.get(_SPLIT_COUNT, 1)
+    if count == 1 and type(stated) is int and stated > 1:
+        raise BadSource(
+            f"{file} is one of {stated} parts, which its name does not say",
+            kind="unsupported_gguf_parts",
+            hint=f"parts are called NAME-00001-of-{stated:05}.gguf",
+        )
+    said = {_SPLIT_COUNT: count, _SPLIT_NO: number} if count > 1 else {}
+    for key, expected in said.items():
+        if metadata.get(key) != expected:
+            raise bad_gguf(
+                file,
+                f"{key} is {metadata.get(key)!r}, but by its name it would be {expected}",
+                "the file was renamed, or is part of another model",
+            )
+
+
 # -- tensors ---------------------------------------------------------------------------------------
 
 
@@ -111,7 +176,7 @@ def _directory_entry(cursor: _Cursor, blocks: Blocks) -> GgufTensor:
     if not all(shape) or shape[-1] % block:
         raise bad_gguf(cursor.name, f"tensor {name!r} of type {kind} has shape {list(shape)}")
     nbytes = math.prod(shape) // block * block_bytes
-    return GgufTensor(name, kind, shape, start, nbytes, block, block_bytes)
+    return GgufTensor(name, kind, shape, start, nbytes, block, block_bytes, cursor.name)
 
 
 def _place(
@@ -133,10 +198,7 @@ def _place(
                 f"the file at {cursor.size}",
                 "the download is incomplete; fetch the file again",
             )
-        found[entry.name] = GgufTensor(
-            entry.name, entry.kind, entry.shape, base + entry.start, entry.nbytes, entry.block,
-            entry.block_bytes,
-        )  # fmt: skip
+        found[entry.name] = replace(entry, start=base + entry.start)
     return found
 
 

@@ -21,6 +21,9 @@ _GATED = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 _FUSED = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
 _PRE_NORMS = ("input_layernorm", "post_attention_layernorm")
 _FOUR_NORMS = (*_PRE_NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm")
+_POST_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
+_PLAIN = ("mlp.c_fc", "mlp.c_proj")
+_SINKS = "self_attn.sinks"
 _EXPERTS = ("mlp.gate", *(f"mlp.experts.{part}_proj" for part in ("gate", "up", "down")))
 _SHARED = (
     "mlp.shared_expert_gate",
@@ -33,7 +36,8 @@ class Architecture:
     """A row: names in config.json, modules of a layer, and what converters do to values.
 
     `permuted` means the rows of the query and key projections are interleaved for ggml's rotary
-    embedding. `norm_shift` is what was added to the weights of every norm.
+    embedding. `norm_shift` is what was added to the weights of every norm. `stacked` means that
+    experts are stacks in the checkpoint too. `layer_norm` means norms that subtract the mean.
     """
 
     class_name: str
@@ -41,6 +45,8 @@ class Architecture:
     modules: tuple[str, ...]
     permuted: bool = False
     norm_shift: int = 0
+    stacked: bool = False
+    layer_norm: bool = False
 
 
 ARCHITECTURES: Mapping[str, Architecture] = {
@@ -71,6 +77,23 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "phi3": Architecture(
         "Phi3ForCausalLM", "phi3", (*_PRE_NORMS, *_FUSED)
     ),
+    "granite": Architecture(
+        "GraniteForCausalLM", "granite", (*_PRE_NORMS, *_ATTENTION, *_GATED), permuted=True
+    ),
+    "smollm3": Architecture(
+        "SmolLM3ForCausalLM", "smollm3", (*_PRE_NORMS, *_ATTENTION, *_GATED), permuted=True
+    ),
+    "olmo2": Architecture(
+        "Olmo2ForCausalLM", "olmo2", (*_POST_NORMS, *_ATTENTION, *_HEAD_NORMS, *_GATED)
+    ),
+    "starcoder2": Architecture(
+        "Starcoder2ForCausalLM", "starcoder2", (*_PRE_NORMS, *_ATTENTION, *_PLAIN), layer_norm=True
+    ),
+    # converters part the gates of the checkpoint's stacks from the rest, as mlx-lm does
+    "gpt-oss": Architecture(
+        "GptOssForCausalLM", "gpt_oss",
+        (*_PRE_NORMS, *_ATTENTION, _SINKS, "mlp.router", *_EXPERTS[1:]), stacked=True,
+    ),
 }  # fmt: skip
 
 ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
@@ -85,6 +108,7 @@ class Naming:
     """How one GGUF tensor is called in a checkpoint, and what to undo.
 
     `experts` means the tensor is a stack: its slices are `prefix`, index, `.` and `suffix`.
+    `stacked` means it is a stack of experts in the checkpoint as well.
     `interleaved` is "q" or "k" for the rotary permutation, else empty.
     """
 
@@ -93,6 +117,13 @@ class Naming:
     experts: bool = False
     interleaved: str = ""
     shift: int = 0
+    stacked: bool = False
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether this is the weight of a layer, not its bias or a norm."""
+        name = self.suffix or self.prefix
+        return name.endswith(".weight") and not name.endswith("norm.weight")
 
 
 def architecture_of(name: object, file: str) -> Architecture:
@@ -143,13 +174,17 @@ def name_tensors(
             raise BadSource(
                 f"{file}: tensor '{module}.weight' is missing",
                 kind="missing_tensor",
-                hint="the file is one part of several, or damaged",
+                hint="the file is damaged, or one part of several that were renamed",
             )
     return found
 
 
 def _naming(module: str, kind: str, row: Architecture) -> Naming:
     before, expert, projection = module.partition(_EXPERT)
+    if module.endswith(_SINKS):
+        return Naming(module)  # a parameter of its own; only GGUF calls it a weight
+    if expert and row.stacked:
+        return Naming(f"{module}.{kind}", stacked=True)
     if expert:
         return Naming(before + expert, f"{projection}.{kind}", experts=True)
     rotary = next((p for p in _PERMUTED if row.permuted and module.endswith(p)), "")

@@ -1,17 +1,19 @@
-"""Open a GGUF file as a checkpoint: tensors under their original names, side files rebuilt.
+"""Open a GGUF model as a checkpoint: tensors under their original names, side files rebuilt.
 
-A block-quantized tensor shows as BF16, decoded by the gguf library while it is read. Float tensors
-keep their dtype, with one exception: converters widen norms and other small tensors to F32, so
-where the matrices are BF16 or block-quantized (or F16), all tensors stored as F32 show as BF16 (or
-F16) if not one value changes by that. Nothing in the file is trusted or executed.
+A weight whose type of block an MLX format holds without loss shows as these blocks, its rows put
+back in their order. Any other block-quantized tensor, and all of them where numbers are asked for,
+shows as BF16, decoded by the gguf library while it is read. Float tensors keep their dtype, with
+one exception: converters widen norms and other small tensors to F32, so all tensors stored as F32
+show in the dtype of the matrices (of their scales, where codes are kept) if not one value changes
+by that. Nothing in the file is trusted or executed.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,21 @@ from quantmill import mediatypes
 from quantmill.elements import Bytes, Floats, from_float32, to_float32
 from quantmill.errors import BadRequest, BadSource
 from quantmill.formats import DTYPE_BYTES
+from quantmill.ggufcodes import EXACT
 from quantmill.ggufconfig import Metadata, heads_of, rebuild_config, rebuild_generation_config
-from quantmill.ggufheader import Blocks, GgufTensor, bad_gguf, parse_header
+from quantmill.ggufheader import Blocks, GgufTensor, bad_gguf, join_parts, parse_header
 from quantmill.ggufnames import EMBEDDING, ROPE_FACTORS, Naming, name_tensors
 from quantmill.gguftokenizer import rebuild_tokenizer
 from quantmill.openfile import OpenFile
-from quantmill.source import CONFIG, DECIDING_TEXTS, MAX_TEXT, Source, SourceFile, SourceTensor
+from quantmill.source import (
+    CONFIG,
+    DECIDING_TEXTS,
+    MAX_TEXT,
+    RAW_BLOCKS,
+    Source,
+    SourceFile,
+    SourceTensor,
+)
 
 PIECE = 1 << 18
 """Elements decoded at once; the library needs some twenty bytes for each."""
@@ -56,15 +67,18 @@ class _View:
 
 
 class GgufCheckpoint:
-    """An open GGUF file. Use as a context manager; `read_into` may be called from any thread."""
+    """An open GGUF model. Use as a context manager; `read_into` may be called from any thread."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, paths: Sequence[Path], *, decode: bool = False) -> None:
+        self.path = paths[0]
+        self._decode = decode
         self._library = _library()
-        self._opened = _open(path)
+        self._parts: dict[str, OpenFile] = {}
         try:
-            if not self._opened.is_regular:
-                raise bad_gguf(path.name, "is not a regular file")
+            for path in paths:
+                self._parts[path.name] = _open(path)
+                if not self._parts[path.name].is_regular:
+                    raise bad_gguf(path.name, "is not a regular file")
             self._files: dict[str, bytes] = {}
             self._views: dict[str, _View] = {}
             self.source = self._inventory()
@@ -79,8 +93,9 @@ class GgufCheckpoint:
         self.close()
 
     def close(self) -> None:
-        """Close the file; the source value stays usable."""
-        self._opened.close()
+        """Close all files; the source value stays usable."""
+        for part in self._parts.values():
+            part.close()
 
     def read_into(self, tensor: SourceTensor, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` with the tensor's bytes from `offset` on; raises BadSource if they end."""
@@ -98,8 +113,7 @@ class GgufCheckpoint:
 
     def identity(self, tensor: SourceTensor) -> str:
         """What tells the file from any other, and from any later state of its own."""
-        del tensor
-        return self._opened.identity
+        return self._parts[tensor.file].identity
 
     def read_file(self, name: str) -> bytes:
         """The content of a rebuilt side file."""
@@ -108,33 +122,39 @@ class GgufCheckpoint:
         return self._files[name]
 
     def check_unchanged(self) -> None:
-        """Raise BadSource if the file was written to since it was opened."""
-        self._opened.check_unchanged()
+        """Raise BadSource if a file was written to since it was opened."""
+        for part in self._parts.values():
+            part.check_unchanged()
 
     # -- opening -----------------------------------------------------------------------------------
 
     def _inventory(self) -> Source:
         file = self.path.name
-        header = parse_header(self._opened.read, self._opened.size, self._library.blocks, file)
+        blocks = self._library.blocks
+        header = join_parts(
+            {
+                name: parse_header(part.read, part.size, blocks, name)
+                for name, part in self._parts.items()
+            }
+        )
         found = Metadata(header, file)
-        _refuse_parts(found)
         layers = found.whole("block_count")
         if layers > len(header.tensors):
             raise bad_gguf(file, f"it claims {layers} layers in {len(header.tensors)} tensors")
         naming = name_tensors(header.tensors, str(found.name), layers, file)
         for name in naming:
-            self._library.refuse_unreadable(header.tensors[name], file)
-        matrices = _matrix_dtype(header.tensors[name] for name in naming)
+            self._library.refuse_unreadable(header.tensors[name])
+        matrices = self._matrix_dtype(header.tensors, naming)
         narrow = self._narrowed(header.tensors, naming, matrices)
         tensors = dict(
             part for name, how in naming.items()
             for part in self._views_of(header.tensors[name], how, found, narrow)
         )  # fmt: skip
         factors = {n: self._factors(header.tensors[n]) for n in ROPE_FACTORS if n in header.tensors}
-        embedding = _dtype(header.tensors[EMBEDDING], narrow)
+        embedding = self._dtype(header.tensors[EMBEDDING], naming[EMBEDDING], narrow)
         config = rebuild_config(found, header, embedding, factors)
         self._rebuild_files(found, config)
-        files = [*self._side_files(), *(_explained(header.tensors[n], file) for n in factors)]
+        files = [*self._side_files(), *(_explained(header.tensors[n]) for n in factors)]
         texts = {n: self._files[n].decode() for n in DECIDING_TEXTS if n in self._files}
         ordered = {name: tensors[name] for name in sorted(tensors)}
         return Source(config, ordered, tuple(sorted(files, key=lambda f: f.name)), (), texts)
@@ -157,16 +177,18 @@ class GgufCheckpoint:
     def _views_of(
         self, stored: GgufTensor, how: Naming, found: Metadata, narrow: str | None
     ) -> Iterator[tuple[str, SourceTensor]]:
-        dtype = _dtype(stored, narrow)
+        dtype, blocks = self._dtype(stored, how, narrow), stored.kind if stored.block > 1 else ""
         shape, count = _checkpoint_shape(stored, how, found)
         heads = heads_of(found)
         interleaved = {"q": heads.queries, "k": heads.keys}.get(how.interleaved, 0)
         if interleaved and (shape[0] != interleaved * heads.width or heads.width % 2):
             raise bad_gguf(
-                found.file,
+                stored.file,
                 f"tensor {stored.name!r} has {shape[0]} rows for {interleaved} heads of "
                 f"{heads.width}",
             )
+        if self._keeps_codes(stored, how):
+            dtype, shape, stored = RAW_BLOCKS, *_as_bytes(shape, stored)
         elements = math.prod(shape)
         for n in range(count):
             name = f"{how.prefix}{n}.{how.suffix}" if how.experts else how.prefix
@@ -176,7 +198,32 @@ class GgufCheckpoint:
                 stored, first, dtype, columns, shape[0], interleaved, how.shift
             )
             start = stored.start + first // stored.block * stored.block_bytes
-            yield name, SourceTensor(name, dtype, shape, self.path.name, start)
+            yield name, SourceTensor(name, dtype, shape, stored.file, start, blocks)
+
+    def _keeps_codes(self, stored: GgufTensor, how: Naming) -> bool:
+        """Whether a tensor shows as its blocks: a matrix, or a stack of them, of an exact type."""
+        return how.is_matrix and not self._decode and stored.kind in EXACT
+
+    def _keeps_small_floats(self, stored: GgufTensor, how: Naming) -> bool:
+        return self._keeps_codes(stored, how) and not EXACT[stored.kind].format.has_bias
+
+    def _dtype(self, stored: GgufTensor, how: Naming, narrow: str | None) -> str:
+        """The dtype of a tensor's numbers, or of the scales where its codes are kept."""
+        if stored.kind == "F32":
+            return narrow or "F32"
+        if self._keeps_codes(stored, how):
+            return EXACT[stored.kind].dtype
+        return stored.kind if stored.kind in _FLOATS else "BF16"
+
+    def _matrix_dtype(self, tensors: Mapping[str, GgufTensor], naming: Mapping[str, Naming]) -> str:
+        """The dtype of the matrices: BF16 if any is that or decoded, else F16, else F32."""
+        found = {
+            self._dtype(tensors[name], how, None)
+            for name, how in naming.items()
+            # small floats with byte scales go with numbers of any dtype
+            if how.is_matrix and not self._keeps_small_floats(tensors[name], how)
+        } or {"BF16"}
+        return next((dtype for dtype in ("BF16", "F16") if dtype in found), "F32")
 
     def _narrowed(
         self, tensors: Mapping[str, GgufTensor], naming: Mapping[str, Naming], dtype: str
@@ -198,11 +245,11 @@ class GgufCheckpoint:
     def _factors(self, stored: GgufTensor) -> list[float]:
         count = math.prod(stored.shape)
         if stored.kind != "F32" or len(stored.shape) != 1 or count > _MAX_FACTORS:
-            raise bad_gguf(self.path.name, f"tensor {stored.name!r} does not hold rotary factors")
+            raise bad_gguf(stored.file, f"tensor {stored.name!r} does not hold rotary factors")
         raw = self._elements(_View(stored, 0, "F32", count, 1), 0, count)
         values = [float(value) for value in raw.view(np.float32)]
         if not all(math.isfinite(value) and value > 0 for value in values):
-            raise bad_gguf(self.path.name, f"tensor {stored.name!r} does not hold rotary factors")
+            raise bad_gguf(stored.file, f"tensor {stored.name!r} does not hold rotary factors")
         return values
 
     # -- reading -----------------------------------------------------------------------------------
@@ -217,7 +264,7 @@ class GgufCheckpoint:
                 skip = begin - whole * block
             count = -(-end // block) - whole
             at = stored.start + whole * stored.block_bytes
-            raw.append(self._opened.read(at, count * stored.block_bytes))
+            raw.append(self._parts[stored.file].read(at, count * stored.block_bytes))
         data = np.frombuffer(b"".join(raw), np.uint8)
         if stored.kind == view.dtype and not view.shift:
             return data  # a block of one element: nothing to cut
@@ -228,13 +275,16 @@ class GgufCheckpoint:
         return from_float32(values, view.dtype)
 
 
-def open_gguf(path: str | Path) -> GgufCheckpoint:
-    """Open a GGUF file and read its header.
+def open_gguf(
+    path: str | Path, *, decode: bool = False, parts: Sequence[Path] = ()
+) -> GgufCheckpoint:
+    """Open a GGUF file, or the `parts` of one that is split, and read the headers.
 
+    With `decode` every weight shows as numbers, else those whose codes can be kept as blocks.
     Raises BadSource, naming the file, for a file that is damaged or not understood, BadRequest when
     the gguf library is not installed.
     """
-    return GgufCheckpoint(Path(path))
+    return GgufCheckpoint(parts or [Path(path)], decode=decode)
 
 
 # -- elements --------------------------------------------------------------------------------------
@@ -270,16 +320,11 @@ def _fits(values: Floats, dtype: str) -> bool:
     return bool(np.array_equal(again, values))
 
 
-def _dtype(stored: GgufTensor, narrow: str | None) -> str:
-    if stored.kind == "F32":
-        return narrow or "F32"
-    return stored.kind if stored.kind in _FLOATS else "BF16"
-
-
-def _matrix_dtype(tensors: Iterator[GgufTensor]) -> str:
-    """The dtype of the matrices: BF16 if any is that or quantized, else F16, else F32."""
-    found = {_dtype(t, None) for t in tensors if len(t.shape) > 1}
-    return next((dtype for dtype in ("BF16", "F16") if dtype in found), "F32")
+def _as_bytes(shape: tuple[int, ...], stored: GgufTensor) -> tuple[tuple[int, ...], GgufTensor]:
+    """A matrix and the tensor that stores it, with the bytes of its blocks for elements."""
+    row = shape[-1] // stored.block * stored.block_bytes
+    as_bytes = replace(stored, kind=RAW_BLOCKS, shape=(stored.nbytes,), block=1, block_bytes=1)
+    return (*shape[:-1], row), as_bytes
 
 
 def _checkpoint_shape(
@@ -287,18 +332,17 @@ def _checkpoint_shape(
 ) -> tuple[tuple[int, ...], int]:
     """The shape of each tensor that a stored one stands for, and how many there are."""
     shape = stored.shape
-    if how.experts:
+    if how.experts or how.stacked:
         count = found.whole("expert_count")
-        if len(shape) != 3 or shape[0] != count:
+        if len(shape) != (2 if how.stacked and not how.is_matrix else 3) or shape[0] != count:
             raise bad_gguf(
-                found.file, f"tensor {stored.name!r} has shape {list(shape)} for {count} experts"
+                stored.file, f"tensor {stored.name!r} has shape {list(shape)} for {count} experts"
             )
-        return shape[1:], count
+        return (shape, 1) if how.stacked else (shape[1:], count)
     if how.prefix.endswith("shared_expert_gate.weight") and len(shape) == 1:
         return (1, *shape), 1  # converters drop the dimension
-    matrix = how.prefix.endswith(".weight") and not how.prefix.endswith("norm.weight")
-    if len(shape) != (2 if matrix else 1):
-        raise bad_gguf(found.file, f"tensor {stored.name!r} has shape {list(shape)}")
+    if len(shape) != (2 if how.is_matrix else 1):
+        raise bad_gguf(stored.file, f"tensor {stored.name!r} has shape {list(shape)}")
     return shape, 1
 
 
@@ -320,7 +364,7 @@ class _Library:
             found = self.dequantize(data.reshape(1, -1), self.numbers[kind])
         return np.asarray(found, np.float32).reshape(-1)
 
-    def refuse_unreadable(self, tensor: GgufTensor, file: str) -> None:
+    def refuse_unreadable(self, tensor: GgufTensor) -> None:
         """Raise BadSource for a type that the library cannot decode."""
         problem = (
             "its values are not weights" if tensor.kind[0] == "I" and tensor.block == 1 else ""
@@ -331,7 +375,7 @@ class _Library:
             problem = problem or "the gguf library cannot decode it"
         if problem:
             raise BadSource(
-                f"{file}: tensor {tensor.name!r} has type {tensor.kind}: {problem}",
+                f"{tensor.file}: tensor {tensor.name!r} has type {tensor.kind}: {problem}",
                 kind="unsupported_gguf_type",
             )
 
@@ -360,17 +404,7 @@ def _open(path: Path) -> OpenFile:
         raise BadSource(f"{path}: {error.strerror}", kind="bad_gguf") from None
 
 
-def _refuse_parts(found: Metadata) -> None:
-    parts = found.get("split.count")
-    if type(parts) is int and parts > 1:
-        raise BadSource(
-            f"{found.file} is one of {parts} parts",
-            kind="unsupported_gguf_parts",
-            hint="join them with llama-gguf-split --merge",
-        )
-
-
-def _explained(stored: GgufTensor, file: str) -> SourceFile:
+def _explained(stored: GgufTensor) -> SourceFile:
     """A tensor that becomes part of config.json, for the list of what is left out."""
     reason = "a tensor; config.json says the same as rope_scaling"
-    return SourceFile(f"{file}:{stored.name}", stored.nbytes, None, reason)
+    return SourceFile(f"{stored.file}:{stored.name}", stored.nbytes, None, reason)

@@ -53,6 +53,7 @@ _DIGITS = _Splitting(digits=True)
 _SPLITTINGS: Mapping[str, _Splitting] = {
     "gpt-2": _Splitting(),
     "phi-2": _Splitting(),
+    "olmo": _Splitting(),
     "smollm": _DIGITS,
     "starcoder": _DIGITS,
     "refact": _DIGITS,

@@ -12,6 +12,7 @@ from quantmill.classify import FLOAT, PREQUANTIZED, Kind
 from quantmill.coded import Coded, Recognised
 from quantmill.errors import BadPlan, BadRequest
 from quantmill.formats import FLOAT_DTYPES, MXFP8, Format, dtype_bytes, parse_format
+from quantmill.ggufcodes import EXACT, scheme_of
 from quantmill.plans import (
     CAST,
     STACK,
@@ -256,6 +257,8 @@ class _Chooser:
         decision = self._decide(tensor, self.kind.format if asked else None)
         if decision.rule == "not_asked" and not asked:
             decision = Decision(None, "passed_through", "not part of a quantized weight")
+        if tensor.blocks:
+            decision = _of_decoded(tensor, decision)
         fmt = decision.format
         sources = stacked_names or (tensor.name,)
         added, sources = self._changes(tensor, sources)
@@ -273,6 +276,7 @@ class _Chooser:
             rule=decision.rule,
             reason=decision.reason,
             global_scale=self._wants_global(fmt),
+            scheme=scheme_of(tensor),
             added=added,
         )
 
@@ -363,6 +367,14 @@ class _Chooser:
         """The last rule given that fits wins."""
         rules = reversed(self.options.overrides)
         return next((o for o in rules if fnmatchcase(self.prefix + name, o.pattern)), None)
+
+
+def _of_decoded(tensor: SourceTensor, decision: Decision) -> Decision:
+    """The decision about a tensor of a GGUF file that is decoded while it is read."""
+    why = decision.reason
+    if decision.rule in {"not_asked", "passed_through"}:
+        why = "kept as numbers" if tensor.blocks in EXACT else "no format holds its codes"
+    return replace(decision, reason=f"{scheme_of(tensor)} decoded; {why}")
 
 
 def _overridden(tensor: SourceTensor, override: Override, prefix: str) -> Decision:

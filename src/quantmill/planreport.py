@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from quantmill.plans import CODES, DECODING, RECODE, ZERO
+from quantmill.plans import CODES, RECODE, ZERO
 from quantmill.report import Row, bytes_text, format_json, plural, shape_text
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def _cost(spec: TensorSpec) -> str:
         assert spec.coding is not None
         rounded = f", zero points rounded to {spec.dtype}" if ZERO in spec.coding.roles else ""
         return f"{spec.scheme}, codes and scales kept{rounded}"
-    if spec.transform not in DECODING:
+    if not spec.is_decoded:
         return f"{spec.scheme}, copied without loss"
     if spec.format is None:
         return f"{spec.scheme}, decoded to {spec.dtype}"
@@ -188,7 +188,7 @@ def created_warnings(created: Created) -> list[str]:
         for name, count in created.non_finite
     ]
     plan = created.plan
-    if any(s.transform in DECODING for s in plan.tensors):
+    if any(s.is_decoded for s in plan.tensors):
         lines += scheme_lines(plan)
     lines += _dropped_lines(plan)
     files = [f.name for f in created.plan.files if not f.media_type]

@@ -70,6 +70,10 @@ GLOBAL, COLUMNS, INDEX, SHAPE = "global scale", "column factors", "group index",
 MULTIPLIES, DIVIDES, MLX_GLOBAL = "multiplies", "divides", "mlx"
 
 
+GGML = "ggml"
+"""The layout of a GGUF file's blocks."""
+
+
 @dataclass(frozen=True, slots=True)
 class Coding:
     """How a source stores the numbers of a weight: all that decoding must know besides the bytes.
@@ -78,10 +82,11 @@ class Coding:
     role. `element` is what a code stands for (docs/formats.md): `uint` less a zero point, `int`,
     `e2m1` or `e4m3`. `layout` is how codes of `bits` bits lie: a row of the weight after the other,
     as a `stream` of bits or whole codes in 32-bit `words`, or in the order of `gptq`, `awq`,
-    `gemv` or `nibble_rows` (coding.py). `block` rows and columns share a scale; 0 is all of them.
-    `zero` is the zero point where no tensor holds one, `zero_offset` is added to those a tensor
-    holds. `global_scale` is the meaning of a global scale: it MULTIPLIES, DIVIDES, or is MLX's own
-    number.
+    `gemv` or `nibble_rows` (coding.py). With the layout GGML codes and scales lie together in
+    blocks, and `element` is the type of block (ggufcodes.py). `block` rows and columns share a
+    scale; 0 is all of them. `zero` is the zero point where no tensor holds one, `zero_offset` is
+    added to those a tensor holds. `global_scale` is the meaning of a global scale: it MULTIPLIES,
+    DIVIDES, or is MLX's own number.
     """
 
     roles: tuple[str, ...]
@@ -153,6 +158,12 @@ class TensorSpec:
         if self.keeps is None:
             return self.elements
         return math.prod(self.shape[:-1]) * self.keeps.columns(self.shape[-1])
+
+    @property
+    def is_decoded(self) -> bool:
+        """Whether codes that the source has become numbers."""
+        kept = self.transform == RECODE or self.keeps is not None or self.role != CODES
+        return bool(self.scheme) and not kept
 
     @property
     def stored(self) -> tuple[tuple[str, str, tuple[int, ...]], ...]:

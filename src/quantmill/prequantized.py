@@ -59,8 +59,9 @@ def kept(name: str, members: Sequence[Coded], *, stack: bool, note: str = "") ->
             _part(name, role, members, stack, note) for role in _SUFFIX if role in first.parts
         )
         return Planned(specs, first.metadata)
+    dtype = first.parts[SCALE].dtype if SCALE in first.parts else first.decoded
     spec = TensorSpec(
-        name, _sources(members), RECODE, first.parts[SCALE].dtype, _shape(members, stack=stack),
+        name, _sources(members), RECODE, dtype, _shape(members, stack=stack),
         first.format,
         _RULE, f"{first.scheme}, codes and scales kept{note}",
         scheme=first.scheme, coding=first.coding,

@@ -30,6 +30,7 @@ from quantmill.companions import Weight, gather
 from quantmill.errors import BadSource, Corrupt
 from quantmill.floatcodes import read_blocks, read_float4, read_fp8
 from quantmill.formats import FLOAT_DTYPES, FP8_E4M3_DTYPES
+from quantmill.ggufcodes import read_raw_blocks
 from quantmill.integercodes import read_bytes, read_nibble_rows, read_packed, read_transposed
 from quantmill.plans import (
     BIAS,
@@ -144,6 +145,9 @@ def _refuse_rotated(source: Source) -> None:
 
 
 def _read(source: Source, tensor: SourceTensor, method: str) -> Coded | None:
+    raw = read_raw_blocks(tensor)
+    if raw is not None:
+        return raw
     for row in SCHEMES:
         if not tensor.name.endswith(row.codes) or tensor.dtype not in row.dtypes:
             continue

@@ -26,6 +26,9 @@ DECIDING_TEXTS = (CONFIG, TOKENIZER_CONFIG, CHAT_TEMPLATE, QUANTIZATION_CONFIG)
 DECIDING_TENSORS = (".weight_shape",)
 """Endings of tensors whose few integers decide something (`Source.values`)."""
 
+RAW_BLOCKS = "U8"
+"""Dtype of tensors that are given as the blocks of a GGUF file: the last dimension counts bytes."""
+
 MAX_TEXT = 64 * 2**20
 """Largest side file that is read or kept; real tokenizers stay far below."""
 
@@ -34,7 +37,9 @@ MAX_TEXT = 64 * 2**20
 class SourceTensor:
     """A tensor of the checkpoint: where its bytes lie and how to read them.
 
-    `file` is relative to the checkpoint, `start` counts bytes from the file's beginning.
+    `file` is relative to the checkpoint, `start` counts bytes from the file's beginning. `blocks`
+    is the type of block that a GGUF file has the tensor in: its bytes are these blocks where the
+    dtype is RAW_BLOCKS, else numbers that are decoded while they are read.
     """
 
     name: str
@@ -42,6 +47,7 @@ class SourceTensor:
     shape: tuple[int, ...]
     file: str = ""
     start: int = 0
+    blocks: str = ""
 
     @property
     def elements(self) -> int:
@@ -105,7 +111,10 @@ class Source:
     @property
     def fingerprint(self) -> Digest:
         """Changes whenever a name, dtype, shape, place, config or side file changes."""
-        tensors = [[t.name, t.dtype, t.shape, t.file, t.start] for t in self.tensors.values()]
+        tensors = [
+            [t.name, t.dtype, t.shape, t.file, t.start, *([t.blocks] if t.blocks else [])]
+            for t in self.tensors.values()
+        ]
         files = [[f.name, f.size, f.media_type] for f in self.files]
         said = [self.texts.get(QUANTIZATION_CONFIG, ""), self.values]
         parts = [[p.prefix, p.folder, str(p.source.fingerprint)] for p in self.parts]

@@ -92,7 +92,7 @@ def stacked(
 ) -> tuple[SourceTensor, tuple[str, ...]]:
     """Ordered members as the tensor that their stack will be, with the names that go into it."""
     name, first = f"{group}.{projection}.weight", members[0]
-    stack = SourceTensor(name, first.dtype, (len(members), *first.shape))
+    stack = SourceTensor(name, first.dtype, (len(members), *first.shape), blocks=first.blocks)
     return stack, tuple(m.name for m in members)
 
 
