@@ -49,7 +49,8 @@ from quantmill.elements import to_bf16
 from quantmill.errors import BadRequest, BadSource
 from quantmill.formats import DTYPE_BYTES
 from quantmill.ggufsource import PIECE, GgufCheckpoint, open_gguf
-from quantmill.opening import OpenSource, open_source
+from quantmill.opening import open_source
+from quantmill.source import OpenSource
 from quantmill.store import Store
 from quantmill.verification import verify
 

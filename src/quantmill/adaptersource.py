@@ -11,9 +11,8 @@ from quantmill import strictjson
 from quantmill.adapters import ADAPTER_CONFIG, FOLDER
 from quantmill.checkpoint import Checkpoint, Layout
 from quantmill.errors import BadSource
-from quantmill.opening import OpenSource
 from quantmill.parts import OpenParts
-from quantmill.source import ADAPTER, MODEL, Part, joined
+from quantmill.source import ADAPTER, MODEL, OpenSource, Part, joined
 
 _WEIGHTS = ("adapter_model.safetensors", "adapters.safetensors")
 """PEFT's file, and mlx-lm's; numbered ones beside it are earlier states of the training."""

@@ -11,9 +11,8 @@ from pathlib import Path
 from quantmill import pipelines
 from quantmill.checkpoint import SIDE_LAYOUT, Checkpoint, Layout, list_folder
 from quantmill.errors import BadSource
-from quantmill.opening import OpenSource
 from quantmill.parts import OpenParts, naming
-from quantmill.source import COMPONENT, MODEL_INDEX, Part, Source, SourceFile, joined
+from quantmill.source import COMPONENT, MODEL_INDEX, OpenSource, Part, Source, SourceFile, joined
 
 _COMPONENT_LAYOUT = Layout(pipelines.choose_shards, pipelines.INDEXES)
 

@@ -19,12 +19,12 @@ from quantmill.formats import parse_request
 from quantmill.manifest import BlobRef, manifest_bytes, parse_manifest
 from quantmill.modelfile import Modelfile, decode_modelfile, parse_modelfile
 from quantmill.names import ModelName, as_name
-from quantmill.opening import OpenSource, Report, locate, open_source
+from quantmill.opening import Report, locate, open_source
 from quantmill.pacing import pace
 from quantmill.parts import naming
 from quantmill.planner import make_plan, merge_plans, plan_part
 from quantmill.plans import Options, Plan
-from quantmill.source import ADAPTER, CONFIG, DRAFT, MODEL, MODEL_INDEX, Source
+from quantmill.source import ADAPTER, CONFIG, DRAFT, MODEL, MODEL_INDEX, OpenSource, Source
 from quantmill.store import Store
 from quantmill.version import __version__
 

@@ -18,9 +18,9 @@ from quantmill.errors import BadName, BadSource, Corrupt, NotFound
 from quantmill.manifest import BlobRef
 from quantmill.modelconfig import DRAFT_FILE_PREFIX, DRAFT_TENSOR_PREFIX
 from quantmill.names import ModelName, parse_name
-from quantmill.opening import OpenSource, open_source
+from quantmill.opening import open_source
 from quantmill.parts import OpenParts, naming
-from quantmill.source import CONFIG, DRAFT, MODEL, Part, joined
+from quantmill.source import CONFIG, DRAFT, MODEL, OpenSource, Part, joined
 from quantmill.store import Store
 from quantmill.verification import MAX_JSON
 

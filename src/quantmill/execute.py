@@ -15,7 +15,6 @@ from quantmill.errors import BadRequest, BadWeights
 from quantmill.formats import DTYPE_BYTES
 from quantmill.journal import Journal, Note
 from quantmill.manifest import BlobRef
-from quantmill.opening import OpenSource
 from quantmill.pacing import PIECE_BYTES, Pace
 from quantmill.plans import (
     CAST,
@@ -31,7 +30,7 @@ from quantmill.plans import (
     TensorSpec,
 )
 from quantmill.quantize import Arithmetic, quantize, scan
-from quantmill.source import SourceTensor
+from quantmill.source import OpenSource, SourceTensor
 from quantmill.store import BlobWriter, Pending, Store
 from quantmill.weights import MAX_SCALE, Quantized
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from quantmill import strictjson
 from quantmill.digests import Digest, digest_of, parse_digest
 from quantmill.errors import BadName
-from quantmill.opening import OpenSource
 from quantmill.plans import BlobSpec, Plan
+from quantmill.source import OpenSource
 from quantmill.store import Store
 
 _MAX_BYTES = 64 * 2**20

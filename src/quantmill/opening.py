@@ -5,40 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol, Self
 
 from quantmill.checkpoint import SUFFIX, list_folder, open_checkpoint, refuse_link_outside
 from quantmill.errors import BadSource, QuantmillError
-from quantmill.source import MODEL_INDEX, Source, SourceTensor
+from quantmill.source import MODEL_INDEX, OpenSource
 
 GGUF_SUFFIX = ".gguf"
-
-
-class OpenSource(Protocol):
-    """What `create` needs of an open source, whatever file format it is in."""
-
-    @property
-    def source(self) -> Source:
-        """What the source says about itself."""
-
-    def read_into(self, tensor: SourceTensor, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` with the tensor's bytes from `offset` on; callable from any thread."""
-
-    def identity(self, tensor: SourceTensor) -> str:
-        """What tells the file that holds the tensor from any other, and from any later state."""
-
-    def read_file(self, name: str) -> bytes:
-        """The content of a side file."""
-
-    def check_unchanged(self) -> None:
-        """Raise BadSource if what was opened is no longer what it was."""
-
-    def close(self) -> None:
-        """Close all files."""
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(self, *_: object) -> None: ...
 
 
 Report = Callable[[int, int, str], None]

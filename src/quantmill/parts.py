@@ -7,8 +7,7 @@ from contextlib import contextmanager
 from typing import Self
 
 from quantmill.errors import QuantmillError
-from quantmill.opening import OpenSource
-from quantmill.source import Source, SourceTensor
+from quantmill.source import OpenSource, Source, SourceTensor
 
 
 class OpenParts:

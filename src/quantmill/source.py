@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol, Self
 
 from quantmill import strictjson
 from quantmill.digests import Digest, digest_of
@@ -169,3 +169,30 @@ def joined(
 
 def _within(part: Part, tensor: SourceTensor) -> SourceTensor:
     return replace(tensor, name=part.folder + tensor.name, file=part.folder + tensor.file)
+
+
+class OpenSource(Protocol):
+    """What `create` needs of an open source, whatever file format it is in."""
+
+    @property
+    def source(self) -> Source:
+        """What the source says about itself."""
+
+    def read_into(self, tensor: SourceTensor, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the tensor's bytes from `offset` on; callable from any thread."""
+
+    def identity(self, tensor: SourceTensor) -> str:
+        """What tells the file that holds the tensor from any other, and from any later state."""
+
+    def read_file(self, name: str) -> bytes:
+        """The content of a side file."""
+
+    def check_unchanged(self) -> None:
+        """Raise BadSource if what was opened is no longer what it was."""
+
+    def close(self) -> None:
+        """Close all files."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *_: object) -> None: ...
