@@ -11,7 +11,7 @@ from quantmill import kernels
 from quantmill.blas import Blas
 from quantmill.version import __version__
 
-OPTIONAL = {"mlx-lm": "run", "gguf": "gguf", "mkl": "fast"}
+OPTIONAL = {"mlx-lm": "run", "gguf": "gguf", "huggingface_hub": "hub", "mkl": "fast"}
 """Optional packages and the extra that installs them."""
 
 
