@@ -523,6 +523,20 @@ def test_a_group_index_that_config_denies_is_refused(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.parametrize("wrong", [4, -2, 2**31 - 1])
+def test_a_group_that_is_not_there_is_refused(wrong: int, tmp_path: Path) -> None:
+    """An index of columns that names a group beyond the scales is told by name."""
+    case = case_called("gptq bits=4 order=activations symmetric=True group_size=32")
+    written = random_checkpoint(case, seed=3)
+    name = next(n for n in written.tensors if n.endswith(".g_idx"))
+    index = np.frombuffer(written.tensors[name].data, "<i4").copy()
+    index[5] = wrong * 100 if wrong == 4 else wrong
+    tensor = written.tensors[name]
+    written.tensors[name] = type(tensor)(tensor.dtype, tensor.shape, index.tobytes())
+    with pytest.raises(BadWeights, match="g_idx"):
+        create("m", written.write(tmp_path / "m"), store=Store(tmp_path / "s"))
+
+
 # -- what does not add up --------------------------------------------------------------------------
 
 

@@ -216,7 +216,20 @@ class _Matrix:
         self._zero = self._zero_points() if ZERO in parts else None
         self._global = self._global_scale() if GLOBAL in parts else None
         self._columns = self._floats(COLUMNS) if COLUMNS in parts else None
-        self._index = self._whole(INDEX).view(np.int32) if INDEX in parts else None
+        self._index = self._order() if INDEX in parts else None
+
+    def _order(self) -> npt.NDArray[np.int32] | None:
+        """The group of each column, None where the tensor says nothing, as -1 everywhere does."""
+        index = self._whole(INDEX).view(np.int32)
+        if (index == -1).all():
+            return None
+        scale = self._parts[SCALE].shape
+        groups = scale[0] if self.coding.layout in TRANSPOSED else scale[-1]
+        if index.min() < 0 or index.max() >= groups:
+            raise BadWeights(
+                f"{self._parts[INDEX].name!r} names groups other than 0 to {groups - 1}"
+            )
+        return index
 
     # -- rows ------------------------------------------------------------------------------------
 
@@ -250,7 +263,7 @@ class _Matrix:
     def check_order(self, name: str) -> None:
         """Raise BadWeights where columns of a group do not follow one another."""
         index, size = self._index, self.coding.block[1]
-        if index is None or (index == -1).all():
+        if index is None:
             return
         if not np.array_equal(index, np.arange(index.size) // size):
             raise BadWeights(
@@ -288,7 +301,7 @@ class _Matrix:
         columns = rows.codes.shape[1]
         if values.shape[1] == 1:
             return values
-        if self._index is not None and not (self._index == -1).all():
+        if self._index is not None:
             return values[:, self._index]
         return np.repeat(values, rows.group, axis=1)[:, :columns]
 
