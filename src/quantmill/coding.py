@@ -112,11 +112,20 @@ def _as_mxfp8(rows: Rows, group_size: int) -> Quantized:
     return Quantized(_bytes(rows.codes).data, _bytes(scales[:, serving]).data, None)
 
 
-def held_bytes(spec: TensorSpec) -> int:
-    """Bytes of source data that reading this weight holds besides a piece."""
-    if spec.coding is None or spec.coding.layout not in TRANSPOSED:
-        return 0
-    return math.prod(spec.shape[-2:]) * spec.coding.bits // 8 * 2
+def held_bytes(spec: TensorSpec, tensors: Mapping[str, SourceTensor]) -> int:
+    """Bytes that reading this weight holds besides pieces, at most: what it reads whole."""
+    coding = spec.coding
+    assert coding is not None
+    (rows, columns), members = spec.shape[-2:], len(spec.sources) // len(coding.roles)
+    matrices = math.prod(spec.shape[:-2])
+    part = {role: tensors[spec.sources[i * members]] for i, role in enumerate(coding.roles)}
+    held = 0
+    if coding.layout in TRANSPOSED:  # and scales are turned around
+        held += (part[CODES].nbytes + 2 * part[SCALE].nbytes) * members // matrices
+    if ZERO in part:  # a byte, then 32-bit integers, with an offset, and masked
+        held += 13 * rows * (-(-columns // coding.block[1]) if coding.block[1] else 1)
+    # one matrix stays until the next one is there
+    return held if matrices == 1 else 2 * held
 
 
 def _pieces(
