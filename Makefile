@@ -57,6 +57,7 @@ bench: $(VENV)/.test
 	$(BIN)/python -m pip install --quiet --group bench
 	$(BIN)/python benchmarks/bench_kernels.py
 	$(BIN)/python benchmarks/bench_create.py
+	$(BIN)/python benchmarks/bench_sources.py
 	$(BIN)/python benchmarks/bench_load.py
 	$(BIN)/python benchmarks/plot_create.py --to bench-results/create.svg
 

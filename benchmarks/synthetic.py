@@ -1,4 +1,9 @@
-"""A Llama-shaped checkpoint of any size, with a config and a tokenizer that mlx-lm accepts."""
+"""A Llama-shaped checkpoint of any size, with a config and a tokenizer that mlx-lm accepts.
+
+    python benchmarks/synthetic.py FOLDER GIGABYTES [--fp8]
+
+`--fp8` writes nothing but matrices of E4M3 codes with a scale for each 128 x 128 of them.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +18,7 @@ import numpy as np
 from quantmill.tensorfile import lay_out
 
 HIDDEN, INNER, VOCABULARY, HEADS, KEY_HEADS = 2048, 5632, 32000, 32, 8
+BLOCK = 128
 
 
 def shapes(gigabytes: float) -> dict[str, tuple[int, ...]]:
@@ -62,6 +68,31 @@ def write_checkpoint(folder: Path, tensors: dict[str, tuple[int, ...]]) -> None:
                 file.write((values.view(np.uint32) >> 16).astype("<u2").tobytes())
 
 
+def write_fp8_checkpoint(folder: Path, gigabytes: float) -> None:
+    """Write matrices of block FP8, as DeepSeek stores them: random codes, none of them NaN."""
+    folder.mkdir(parents=True, exist_ok=True)
+    matrices = {
+        name: s for name, s in shapes(2 * gigabytes).items() if name.endswith("_proj.weight")
+    }
+    random = np.random.default_rng(0)
+    layers = len({name.split(".")[2] for name in matrices})
+    method = {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK], "fmt": "e4m3"}
+    text = json.dumps(config(layers) | {"quantization_config": method})
+    (folder / "config.json").write_text(text)
+    parts = []
+    for name, (rows, columns) in matrices.items():
+        parts.append((name, "F8_E4M3", (rows, columns)))
+        parts.append((f"{name}_scale_inv", "F32", (rows // BLOCK, columns // BLOCK)))
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(lay_out(parts, {})[0])
+        for _, dtype, shape in parts:
+            if dtype == "F32":
+                file.write((random.random(shape, np.float32) * np.float32(1e-4)).tobytes())
+                continue
+            codes = random.integers(0, 0x7F, shape, np.uint8)
+            file.write((codes | random.integers(0, 2, shape, np.uint8) << 7).tobytes())
+
+
 def config(layers: int) -> dict[str, object]:
     """A config.json for these shapes."""
     return {
@@ -82,13 +113,13 @@ def tokenizer() -> dict[str, object]:
     }  # fmt: skip
 
 
-def make(folder: Path, gigabytes: float) -> int:
+def make(folder: Path, gigabytes: float, *more: str) -> int:
     """Write the checkpoint in a process of its own; bytes of the weights file.
 
     A child's peak memory counts what its parent held when it was started, so the one that measures
     must stay small.
     """
-    command = [sys.executable, __file__, str(folder), str(gigabytes)]
+    command = [sys.executable, __file__, str(folder), str(gigabytes), *more]
     subprocess.run(command, check=True)
     return (folder / "model.safetensors").stat().st_size
 
@@ -97,5 +128,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("gigabytes", type=float)
+    parser.add_argument("--fp8", action="store_true")
     options = parser.parse_args()
-    write_checkpoint(options.folder, shapes(options.gigabytes))
+    if options.fp8:
+        write_fp8_checkpoint(options.folder, options.gigabytes)
+    else:
+        write_checkpoint(options.folder, shapes(options.gigabytes))

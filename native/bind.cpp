@@ -92,6 +92,39 @@ void dequantize(Bytes codes, Bytes scales, Bytes biases, const std::string& dtyp
     with.dequantize(task);
 }
 
+Element element_of(std::string_view name) {
+    if (name == "uint") return Element::integer;
+    if (name == "e2m1") return Element::e2m1;
+    if (name == "e4m3") return Element::e4m3;
+    throw nb::value_error("unknown element");
+}
+
+// Null where there are none, which an empty array says.
+const std::uint8_t* parameters(const Bytes& part, const DecodeTask& task, const char* wrong) {
+    if (part.size() == 0 && task.rows != 0) return nullptr;
+    require(part.size() == task.rows * groups_in_row(task) * sizeof(float), wrong);
+    return part.data();
+}
+
+void decode(Bytes codes, Bytes scales, Bytes zeros, Bytes biases, const std::string& element,
+            const std::string& dtype_name, std::size_t columns, std::size_t group_columns,
+            Room values, const std::string& implementation) {
+    const Implementation& with = implementation_of(implementation);
+    require(columns != 0 && group_columns != 0, "no columns");
+    require(codes.size() % columns == 0, "not a whole number of rows");
+    DecodeTask task = {element_of(element), dtype_of(dtype_name), codes.size() / columns, columns,
+                       group_columns};
+    require(values.size() == codes.size() * dtype_bytes(task.dtype), "wrong room for values");
+    task.codes = codes.data();
+    task.scales = parameters(scales, task, "wrong number of scales");
+    task.zeros = parameters(zeros, task, "wrong number of zeros");
+    task.biases = parameters(biases, task, "wrong number of biases");
+    task.values = values.data();
+    require(task.scales != nullptr || task.rows == 0, "wrong number of scales");
+    nb::gil_scoped_release unlocked;
+    with.decode(task);
+}
+
 nb::tuple scan_weights(Bytes weights, const std::string& dtype_name) {
     const Dtype dtype = dtype_of(dtype_name);
     const std::size_t count = group_count(weights.size(), dtype_bytes(dtype));
@@ -125,5 +158,8 @@ NB_MODULE(_native, module) {
     module.def("dequantize", dequantize, nb::arg("codes"), nb::arg("scales"), nb::arg("biases"),
                nb::arg("dtype"), nb::arg("mode"), nb::arg("bits"), nb::arg("group_size"),
                nb::arg("values"), nb::arg("implementation"));
+    module.def("decode", decode, nb::arg("codes"), nb::arg("scales"), nb::arg("zeros"),
+               nb::arg("biases"), nb::arg("element"), nb::arg("dtype"), nb::arg("columns"),
+               nb::arg("group_columns"), nb::arg("values"), nb::arg("implementation"));
     module.def("scan", scan_weights, nb::arg("weights"), nb::arg("dtype"));
 }

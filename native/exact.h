@@ -216,5 +216,31 @@ void exact_values(const DequantizeTask& task, std::size_t index) {
     }
 }
 
+// -- codes of other quantizers --------------------------------------------------------------------
+
+// A group's value: 0 and -0 where there is none, which change no number.
+inline float of_group(const std::uint8_t* values, std::size_t group, float none) {
+    return values != nullptr ? load_as<float>(values + group * sizeof(float)) : none;
+}
+
+template <class T>
+void exact_decode(const DecodeTask& task) {
+    using Raw = typename T::Raw;
+    for (std::size_t i = 0; i < task.rows * task.columns; ++i) {
+        const std::size_t row = i / task.columns, column = i % task.columns;
+        const std::size_t group = row * groups_in_row(task) + column / task.group_columns;
+        const std::uint8_t code = task.codes[i];
+        const float fp4 = e2m1_values[code & 7];
+        const float element = task.element == Element::e4m3   ? from_e4m3(code)
+                              : task.element == Element::e2m1 ? (code & 8 ? -fp4 : fp4)
+                                                              : static_cast<float>(code);
+        float value = element - of_group(task.zeros, group, 0.0f);
+        value = value * of_group(task.scales, group, 1.0f);
+        value = value + of_group(task.biases, group, -0.0f);
+        if (value != value) value = float_of(quiet_nan_bits);
+        store_as<Raw>(task.values + i * sizeof(Raw), T::narrow(value));
+    }
+}
+
 }  // namespace
 }  // namespace quantmill

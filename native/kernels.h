@@ -50,6 +50,26 @@ struct DequantizeTask {
     std::uint8_t* values;
 };
 
+// What a byte of another quantizer's weights stands for: an unsigned integer, E2M1 in its lower
+// half, or E4M3.
+enum class Element { integer, e2m1, e4m3 };
+
+// Rows of such bytes as numbers: (element - zero) * scale + bias, every operation rounded to
+// float32 and the result to `dtype`; NaN is quiet and positive, whatever processors make of it.
+// `group_columns` of a row, or fewer at its end, share a float32 of `scales`, `zeros` and `biases`,
+// of which the last two may be null. Nothing needs to be aligned.
+struct DecodeTask {
+    Element element;
+    Dtype dtype;
+    std::size_t rows, columns, group_columns;
+    const std::uint8_t* codes = nullptr;
+    const std::uint8_t* scales = nullptr;
+    const std::uint8_t* zeros = nullptr;
+    const std::uint8_t* biases = nullptr;
+    std::uint8_t* values = nullptr;
+
+};
+
 // One way to compute, the same bytes as every other.
 struct Implementation {
     std::string_view name;
@@ -57,6 +77,7 @@ struct Implementation {
     bool (*supported)();  // by this processor and its operating system
     Outcome (*quantize)(const QuantizeTask&);
     void (*dequantize)(const DequantizeTask&);
+    void (*decode)(const DecodeTask&);
 };
 
 struct Implementations {
@@ -84,6 +105,9 @@ Scan scan(Dtype dtype, const std::uint8_t* weights, std::size_t count);
 static constexpr std::size_t dtype_bytes(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 static constexpr std::size_t scale_bytes(const Format& format, Dtype dtype) {
     return format.mode == Mode::affine ? dtype_bytes(dtype) : 1;
+}
+static constexpr std::size_t groups_in_row(const DecodeTask& task) {
+    return task.columns / task.group_columns + (task.columns % task.group_columns != 0 ? 1 : 0);
 }
 static constexpr std::size_t code_bytes(const Format& format) {
     return static_cast<std::size_t>(format.bits) * static_cast<std::size_t>(format.group_size) / 8;

@@ -20,6 +20,7 @@ inline float float_of(std::uint32_t bits) { return __builtin_bit_cast(float, bit
 
 constexpr std::uint32_t sign_bit = 0x80000000u;
 constexpr std::uint32_t infinity_bits = 0x7F800000u;
+constexpr std::uint32_t quiet_nan_bits = 0x7FC00000u;
 
 inline float absolute(float value) { return float_of(bits_of(value) & ~sign_bit); }
 inline bool is_finite(float value) { return (bits_of(value) & infinity_bits) != infinity_bits; }
@@ -120,6 +121,14 @@ inline float from_e4m3(std::uint32_t code) {
 
 constexpr float e2m1_values[8] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f};
 constexpr float e2m1_largest = 6.0f;
+
+// The value of an E2M1 code, without a table, so that compilers make vectors of it.
+inline float from_e2m1(std::uint32_t code) {
+    const std::uint32_t magnitude = code & 7u;
+    const std::uint32_t normal = (magnitude << 22) + (126u << 23);
+    const std::uint32_t found = magnitude >= 2u ? normal : magnitude == 1u ? 0x3F000000u : 0u;
+    return float_of(found | (code & 8u) << 28);
+}
 
 // Code of the nearest E2M1 value, the smaller magnitude on a tie, never -0. Not for magnitudes of
 // 2^20 and more, nor for NaN.

@@ -176,6 +176,14 @@ void dequantize(const DequantizeTask& task) {
     else all_exact_values<F32>(task);
 }
 
+void decode_exactly(const DecodeTask& task) {
+    if (task.dtype == Dtype::bf16) exact_decode<Bf16>(task);
+    else if (task.dtype == Dtype::f16) exact_decode<F16>(task);
+    else exact_decode<F32>(task);
+}
+
+#include "decode.inl"
+
 template <class T>
 void all_exact_groups(const QuantizeTask& task, Outcome& outcome) {
     for (std::size_t group = 0; group < task.groups; ++group) exact_group<T>(task, group, outcome);
@@ -193,9 +201,10 @@ bool supported() { return true; }
 
 }  // namespace
 
-const Implementation exact_implementation = {"exact", "one group at a time, as documented",
-                                             supported, quantize_exactly, dequantize};
-const Implementation portable_implementation = {"portable", "plain loops, for any processor",
-                                                supported, quantize, dequantize};
+const Implementation exact_implementation = {
+    "exact",    "one group at a time, as documented", supported, quantize_exactly,
+    dequantize, decode_exactly};
+const Implementation portable_implementation = {
+    "portable", "plain loops, for any processor", supported, quantize, dequantize, decode};
 
 }  // namespace quantmill

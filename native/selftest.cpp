@@ -844,6 +844,71 @@ void check_scans(Tally& tally, Dtype dtype, const DataSet& set) {
     }
 }
 
+// Parameters of groups: usual ones, any bits, and numbers whose products overflow or vanish.
+std::vector<std::uint8_t> random_parameters(Random& random, std::size_t count, bool any) {
+    const Elements& elements = elements_of(Dtype::f32);
+    std::vector<std::uint32_t> raw(count);
+    for (std::uint32_t& one : raw) {
+        const int exponent = any ? random.between(-150, 127) : -6;
+        one = elements.nearest(std::ldexp(random.bell(), exponent));
+        if (any && random.one_in(4)) one = elements.any(random);
+    }
+    return bytes_of(raw, Dtype::f32);
+}
+
+void check_decode(Tally& tally, Element element, Dtype dtype, std::uint64_t seed) {
+    Random random(seed);
+    const std::size_t rows = 1 + random.below(4), columns = 1 + random.below(1400);
+    const std::size_t group = random.one_in(4) ? columns : 1 + random.below(200);
+    const bool any = random.one_in(2);
+    const bool with_zeros = random.one_in(2), with_biases = random.one_in(2);
+    DecodeTask task = {element, dtype, rows, columns, group};
+    std::vector<std::uint8_t> codes(rows * columns);
+    for (std::uint8_t& code : codes) code = static_cast<std::uint8_t>(random.next());
+    const std::size_t offset = seed % 5, groups = rows * groups_in_row(task);
+    const auto make = [&] { return random_parameters(random, groups, any); };
+    const std::vector<std::uint8_t> scales = make(), zeros = make(), biases = make();
+    const Input own_codes(codes.data(), codes.size(), offset);
+    const Input own_scales(scales.data(), scales.size(), offset);
+    const Input own_zeros(zeros.data(), zeros.size(), offset);
+    const Input own_biases(biases.data(), biases.size(), offset);
+    task.codes = own_codes.data();
+    task.scales = own_scales.data();
+    task.zeros = with_zeros ? own_zeros.data() : nullptr;
+    task.biases = with_biases ? own_biases.data() : nullptr;
+    const auto decode = [&](const Implementation& with, std::uint8_t fill) {
+        Output out(rows * columns * dtype_bytes(dtype), offset, fill);
+        task.values = out.data();
+        with.decode(task);
+        return out;
+    };
+    const std::string name = element == Element::e4m3   ? "e4m3"
+                             : element == Element::e2m1 ? "e2m1"
+                                                        : "integers";
+    const std::string what = name + ", " + std::to_string(columns) + " columns in groups of " +
+                             std::to_string(group);
+    const Format format = {Mode::affine, 8, static_cast<int>(columns)};
+    const Problem problem = {dtype, format, rows, 1.0f, what, seed, offset};
+    const Output expected = decode(exact(), reference_fill);
+    same_bytes(tally, problem, "exact", "values", expected.data(), expected, nullptr);  // guards
+    tally.add_to_digest(expected.data(), expected.size());
+    for_each_other([&](const Implementation& one) {
+        const Output found = decode(one, tested_fill);
+        same_bytes(tally, problem, one.name, "decoded values", expected.data(), found, nullptr);
+        ++tally.comparisons;
+    });
+    tally.weights += rows * columns;
+}
+
+void check_decodes(Tally& tally, Dtype dtype, std::uint64_t seed, std::size_t count) {
+    for (std::size_t i = 0; i < count; ++i) {
+        for (const Element element : {Element::integer, Element::e2m1, Element::e4m3}) {
+            const auto number = static_cast<std::uint64_t>(dtype);
+            check_decode(tally, element, dtype, seed_of(8, seed + i, number));
+        }
+    }
+}
+
 // Everything that is the same in each run, in pieces that can be done in any order.
 std::vector<std::function<void(Tally&)>> fixed_work() {
     std::vector<std::function<void(Tally&)>> work;
@@ -859,6 +924,8 @@ std::vector<std::function<void(Tally&)>> fixed_work() {
         work.push_back([=](Tally& tally) { check_float_values(tally, format); });
     }
     for (const Elements& elements : all_elements) {
+        const Dtype own = elements.dtype;
+        work.push_back([=](Tally& tally) { check_decodes(tally, own, 0, 100); });
         for (const DataSet& set : all_sets()) {
             const Dtype dtype = elements.dtype;
             work.push_back([=](Tally& tally) { check_scans(tally, dtype, set); });
@@ -890,6 +957,7 @@ void check_round(Tally& tally, std::uint64_t seed) {
         }
         const DataSet& set = sets[random.below(static_cast<std::uint32_t>(sets.size()))];
         check_scan(tally, elements.dtype, set, random.below(20000), random.next());
+        check_decodes(tally, elements.dtype, random.next(), 4);
     }
 }
 

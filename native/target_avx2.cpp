@@ -150,6 +150,7 @@ struct V {
     static __m128i narrow(F v) { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
 };
 
+#include "decode.inl"
 #include "vector.inl"
 
 bool supported() {
@@ -162,7 +163,7 @@ bool supported() {
 }  // namespace
 
 const Implementation avx2_implementation = {
-    "avx2", "vectors of 256 bits (AVX2, FMA, F16C)", supported, quantize, dequantize};
+    "avx2", "vectors of 256 bits (AVX2, FMA, F16C)", supported, quantize, dequantize, decode};
 
 }  // namespace quantmill
 

@@ -232,6 +232,7 @@ struct V {
     static __m256i narrow(F v) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
 };
 
+#include "decode.inl"
 #include "vector.inl"
 
 bool supported() {
@@ -244,7 +245,8 @@ bool supported() {
 }  // namespace
 
 const Implementation avx512_implementation = {
-    "avx512", "vectors of 512 bits (AVX-512 F, BW, DQ, VL)", supported, quantize, dequantize};
+    "avx512", "vectors of 512 bits (AVX-512 F, BW, DQ, VL)", supported, quantize, dequantize,
+    decode};
 
 }  // namespace quantmill
 

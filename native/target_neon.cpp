@@ -169,6 +169,7 @@ struct V {
     }
 };
 
+#include "decode.inl"
 #include "vector.inl"
 
 bool supported() { return true; }
@@ -176,7 +177,7 @@ bool supported() { return true; }
 }  // namespace
 
 const Implementation neon_implementation = {"neon", "vectors of 128 bits (NEON)", supported,
-                                            quantize, dequantize};
+                                            quantize, dequantize, decode};
 
 }  // namespace quantmill
 

@@ -27,7 +27,7 @@ def small(tmp_path: Path) -> Plan:
 
 def test_without_a_budget_every_processor_works(small: Plan) -> None:
     """One thread on each processor, with pieces of the usual size."""
-    found = pace(small)
+    found = pace(small, {})
     assert found.workers == default_workers() >= 1
     assert found.piece_bytes == PIECE_BYTES
 
@@ -39,7 +39,7 @@ def test_a_smaller_budget_gives_fewer_threads_and_smaller_pieces(
     monkeypatch.setattr(pacing, "occupied", lambda: 50 * MEGABYTE)
     before = None
     for budget in (400, 120, 90, 80, 74, 70):
-        found = pace(small, 8, budget * MEGABYTE)
+        found = pace(small, {}, 8, budget * MEGABYTE)
         assert found.piece_bytes & (found.piece_bytes - 1) == 0
         assert SMALLEST_PIECE <= found.piece_bytes <= PIECE_BYTES
         needed = found.workers * (2 * found.piece_bytes + 3 * MEGABYTE)
@@ -53,17 +53,17 @@ def test_too_small_a_budget_names_the_least(small: Plan, monkeypatch: pytest.Mon
     """The error says which budget would do, and that one does."""
     monkeypatch.setattr(pacing, "occupied", lambda: 50 * MEGABYTE)
     with pytest.raises(OverBudget) as caught:
-        pace(small, 2, 60 * MEGABYTE)
+        pace(small, {}, 2, 60 * MEGABYTE)
     assert caught.value.exit_code == 4
     least = str(caught.value.hint).split()[1]
-    assert pace(small, 2, parse_memory(least)).workers == 1
+    assert pace(small, {}, 2, parse_memory(least)).workers == 1
 
 
 def test_mlx_needs_more(small: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the kernels pieces are smaller, since MLX makes large arrays of them."""
-    usual = pace(small).piece_bytes
+    usual = pace(small, {}).piece_bytes
     monkeypatch.setattr(kernels, "in_use", lambda: kernels.MLX)
-    assert pace(small).piece_bytes < usual
+    assert pace(small, {}).piece_bytes < usual
 
 
 @pytest.mark.parametrize(

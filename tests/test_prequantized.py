@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 from checkpoints import FIXTURES, fixture, load_arrays
 from packers import CASES, Case, Checkpoint
+from quantmill import kernels
 from quantmill.creation import Created, create, plan
 from quantmill.errors import BadPlan, BadRequest, BadSource, BadWeights
 from quantmill.load import open_model
@@ -367,6 +368,21 @@ def test_plans_of_every_scheme_survive_json(case: Case, tmp_path: Path) -> None:
     """A plan that went through JSON says the same about codes, layouts and roles."""
     found = plan(random_checkpoint(case, seed=9).write(tmp_path))
     assert plan_from_json(json.loads(json.dumps(plan_to_json(found)))) == found
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_kernels_and_numpy_decode_alike(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether the kernels decode or NumPy does, every scheme gives the same blobs."""
+    folder = random_checkpoint(case, seed=3).write(tmp_path / "m")
+    entries = []
+    for root in ("kernels", "numpy"):
+        store = Store(tmp_path / root)
+        made = create("m", folder, store=store, requantize="bf16")
+        entries.append([(r.name, r.digest) for r in store.get_manifest(made.name).tensor_refs()])
+        monkeypatch.setattr(kernels, "decode", lambda *_: None)
+    assert entries[0] == entries[1]
 
 
 # -- experts ---------------------------------------------------------------------------------------

@@ -108,7 +108,7 @@ def described(case: Case, experts: bool) -> Source:
     return Source(made.config, tensors, values=values)
 
 
-@settings(max_examples=1500)
+@settings(max_examples=500)
 @given(st.sampled_from(CASES), st.booleans(), st.data(), st.sampled_from([None, "mxfp4", "bf16"]))
 def test_a_change_to_any_scheme_is_planned_or_refused(
     case: Case, experts: bool, data: st.DataObject, requantize: str | None
@@ -134,6 +134,28 @@ def test_a_change_to_any_scheme_is_planned_or_refused(
     else:
         config.setdefault("quantization_config", {}).update(data.draw(ENTRIES))
     planned_or_refused(Source(config, tensors, values=values), requantize)
+
+
+CHANGED_SHAPES = (
+    (), (0,), (1,), (128,), (0, 0), (1, 1), (0, 128), (40, 0), (40, 1), (128, 40), (3, 40, 128),
+    (0, 4, 4), (40, 4, 16), (4, 40, 1, 16),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_single_change_is_planned_or_refused(case: Case) -> None:
+    """Each tensor of a module in turn gets each dtype, many shapes, and is left out."""
+    source = described(case, experts=False)
+    for name, old in source.tensors.items():
+        if ".layers.0." not in name:
+            continue
+        changed: list[SourceTensor | None] = [replace(old, shape=s) for s in CHANGED_SHAPES]
+        changed += [replace(old, dtype=dtype) for dtype in sorted(DTYPE_BYTES)]
+        for new in (*changed, None):
+            tensors = {n: t for n, t in source.tensors.items() if n != name}
+            if new is not None:
+                tensors = dict(sorted((tensors | {name: new}).items()))
+            planned_or_refused(Source(source.config, tensors, values=source.values), None)
 
 
 def test_a_float_weight_with_a_scale_is_refused() -> None:

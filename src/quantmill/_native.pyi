@@ -25,4 +25,16 @@ def dequantize(
     values: WriteableBuffer,
     implementation: str,
 ) -> None: ...
+def decode(
+    codes: ReadableBuffer,
+    scales: ReadableBuffer,
+    zeros: ReadableBuffer,
+    biases: ReadableBuffer,
+    element: str,
+    dtype: str,
+    columns: int,
+    group_columns: int,
+    values: WriteableBuffer,
+    implementation: str,
+) -> None: ...
 def scan(weights: ReadableBuffer, dtype: str) -> tuple[int, float]: ...

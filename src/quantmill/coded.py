@@ -111,7 +111,7 @@ def block_of_scale(name: str, scale: SourceTensor, rows: int, columns: int) -> t
         return 0, 0
     if scale.shape in {(rows,), (rows, 1)}:
         return 1, 0
-    if len(scale.shape) == 2 and scale.shape[0] == rows and columns % scale.shape[1] == 0:
+    if scale.elements and scale.shape[:-1] == (rows,) and columns % scale.shape[-1] == 0:
         return 1, columns // scale.shape[1]
     raise BadSource(
         f"{scale.name!r} has shape {list(scale.shape)}, which does not divide {name!r} of shape "

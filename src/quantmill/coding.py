@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from quantmill.elements import from_float32, to_float32
+from quantmill import kernels
+from quantmill.elements import E4M3, decode, from_float32, rounded, to_float32
 from quantmill.errors import BadWeights
 from quantmill.formats import DTYPE_BYTES
 from quantmill.ggmlblocks import split
@@ -35,7 +36,7 @@ from quantmill.plans import (
     TensorSpec,
 )
 from quantmill.source import SourceTensor
-from quantmill.weights import MAX_SCALE, Quantized
+from quantmill.weights import MAX_SCALE, CodedRows, Quantized
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
@@ -47,35 +48,17 @@ TRANSPOSED = frozenset({"gptq", "awq"})
 # Rows that a layout stores together.
 _ROW_STEP = {"awq": 8, "nibble_rows": 2}
 # The output that each half byte of AWQ's words belongs to, the lowest first.
-_AWQ_ORDER = np.array([0, 2, 4, 6, 1, 3, 5, 7])
-
-
-def _e4m3() -> Floats:
-    codes = np.arange(256)
-    exponent, mantissa = (codes >> 3) & 15, codes & 7
-    values = np.where(
-        exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * np.exp2(exponent.astype(float) - 10)
-    )
-    values[(codes & 127) == 127] = np.nan
-    return np.where(codes < 128, values, -values).astype(np.float32)
-
-
-_E2M1_HALF = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
-E4M3: Floats = _e4m3()
-"""The number that each E4M3 byte stands for."""
-
-_TABLES: Mapping[str, Floats] = {
-    "e4m3": E4M3,
-    "e2m1": np.array([*_E2M1_HALF, *(-v for v in _E2M1_HALF)], np.float32),
-}
+_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
     """Some rows of a matrix: codes, and what they mean group by group.
 
-    `codes` are unsigned, [rows, columns]. `scale`, `zero` and `bias` have a column for each group,
-    or one for all; `zero` and `bias` may be None. `group` is the width of a group, 0 for a row.
+    `codes` are unsigned, [rows, columns]: signed ones are counted from the smallest, which `zero`
+    makes up for. `scale`, `zero` and `bias` have a row for each or one for all, and a column for
+    each group or one for all; `zero` and `bias` may be None. `group` is the width of a group, 0 for
+    a whole row.
     """
 
     codes: npt.NDArray[np.uint8]
@@ -92,8 +75,7 @@ def numbers(
     """The weight as elements of `spec.dtype`, in pieces of whole rows and about `nbytes` bytes."""
     assert spec.coding is not None
     for matrix, rows in _pieces(spec, sources, read, nbytes):
-        values = matrix.numbers(rows)
-        yield from_float32(values.reshape(-1), spec.dtype).data
+        yield matrix.numbers(rows, spec.dtype)
 
 
 def recoded(
@@ -115,14 +97,7 @@ def recoded(
             yield _as_mxfp8(rows, spec.format.group_size)
             continue
         matrix.check_order(spec.name)
-        zero = rows.zero
-        signed = matrix.coding.element == "int"
-        if signed:  # the same codes counted from the smallest
-            half = 1 << (matrix.coding.bits - 1)
-            zero = (0 if zero is None else zero) + np.full((1, 1), half, np.int32)
-            codes = rows.codes ^ np.uint8(half)
-        else:
-            codes = rows.codes
+        codes, zero = rows.codes, rows.zero
         assert zero is not None
         scales = np.broadcast_to(rows.scale, (codes.shape[0], rows.scale.shape[1]))
         product = -(to_float32(_bytes(scales), rows.scale_dtype).reshape(scales.shape) * zero)
@@ -170,11 +145,20 @@ def _from_blocks(
             yield Quantized(pack(codes, fmt.bits).data, scales, biases)
 
 
-def held_bytes(spec: TensorSpec) -> int:
-    """Bytes of source data that reading this weight holds besides a piece."""
-    if spec.coding is None or spec.coding.layout not in TRANSPOSED:
-        return 0
-    return math.prod(spec.shape[-2:]) * spec.coding.bits // 8 * 2
+def held_bytes(spec: TensorSpec, tensors: Mapping[str, SourceTensor]) -> int:
+    """Bytes that reading this weight holds besides pieces, at most: what it reads whole."""
+    coding = spec.coding
+    assert coding is not None
+    (rows, columns), members = spec.shape[-2:], len(spec.sources) // len(coding.roles)
+    matrices = max(1, math.prod(spec.shape[:-2]))  # a stack may be empty
+    part = {role: tensors[spec.sources[i * members]] for i, role in enumerate(coding.roles)}
+    held = 0
+    if coding.layout in TRANSPOSED:  # and scales are turned around
+        held += (part[CODES].nbytes + 2 * part[SCALE].nbytes) * members // matrices
+    if ZERO in part:  # a byte, then 32-bit integers, with an offset, and masked
+        held += 13 * rows * (-(-columns // coding.block[1]) if coding.block[1] else 1)
+    # one matrix stays until the next one is there
+    return held if matrices == 1 else 2 * held
 
 
 def _pieces(
@@ -216,20 +200,7 @@ class _Matrix:
         self._zero = self._zero_points() if ZERO in parts else None
         self._global = self._global_scale() if GLOBAL in parts else None
         self._columns = self._floats(COLUMNS) if COLUMNS in parts else None
-        self._index = self._order() if INDEX in parts else None
-
-    def _order(self) -> npt.NDArray[np.int32] | None:
-        """The group of each column, None where the tensor says nothing, as -1 everywhere does."""
-        index = self._whole(INDEX).view(np.int32)
-        if (index == -1).all():
-            return None
-        scale = self._parts[SCALE].shape
-        groups = scale[0] if self.coding.layout in TRANSPOSED else scale[-1]
-        if index.min() < 0 or index.max() >= groups:
-            raise BadWeights(
-                f"{self._parts[INDEX].name!r} names groups other than 0 to {groups - 1}"
-            )
-        return index
+        self._index = self._group_index() if INDEX in parts else None
 
     # -- rows ------------------------------------------------------------------------------------
 
@@ -237,49 +208,53 @@ class _Matrix:
         """Codes and parameters of rows `first` to `last`."""
         scale = self._per_row(SCALE, first, last)
         bias = self._per_row(BIAS, first, last) if BIAS in self._parts else None
-        return Rows(
-            self._codes_of(first, last),
-            scale,
-            self._parts[SCALE].dtype,
-            self._zero_of(first, last),
-            bias,
-            self.coding.block[1],
-        )
+        codes, zero = self._codes_of(first, last), self._zero_of(first, last)
+        if self.coding.element == "int":
+            half = 1 << (self.coding.bits - 1)
+            codes = codes ^ np.uint8(half)
+            zero = np.full((1, 1), half, np.int32) + (0 if zero is None else zero)
+        dtype = self._parts[SCALE].dtype
+        return Rows(codes, scale, dtype, zero, bias, self.coding.block[1])
 
-    def numbers(self, rows: Rows) -> Floats:
-        """What the codes decode to, in float32."""
-        values = self._elements(rows.codes)
-        if rows.zero is not None:
-            values -= self._spread(rows.zero.astype(np.float32), rows)
-        scale = self._scale_values(rows)
-        values *= self._spread(scale, rows)
-        if rows.bias is not None:
-            bias = to_float32(_bytes(rows.bias), rows.scale_dtype).reshape(rows.bias.shape)
-            values += self._spread(bias, rows)
-        if self._columns is not None:
-            values *= self._columns
-        return values
+    def numbers(self, rows: Rows, dtype: str) -> memoryview:
+        """What the codes decode to: products in float32, rounded once to `dtype`."""
+        coded = self._coded(rows)
+        if self._columns is None:
+            return _decoded(coded, dtype)
+        values = np.frombuffer(_decoded(coded, "F32"), np.float32).reshape(rows.codes.shape)
+        return rounded(values * self._columns, dtype)
+
+    def _coded(self, rows: Rows) -> CodedRows:
+        """The same rows, with the parameters of every group in float32."""
+        zero, bias = rows.zero, rows.bias
+        if bias is not None:
+            bias = to_float32(_bytes(bias), rows.scale_dtype).reshape(bias.shape)
+        parts: list[Array | None] = [self._scale_values(rows), zero, bias]
+        if self._index is not None:  # columns of a group apart: a group for each column
+            parts = [
+                p if p is None or p.shape[1] == 1 else np.take(p, self._index, axis=1)
+                for p in parts
+            ]
+        count, columns = rows.codes.shape
+        groups = max(part.shape[1] for part in parts if part is not None)
+        group = columns if groups == 1 else rows.group if self._index is None else 1
+        scales, zeros, biases = (
+            None if p is None else _bytes(np.broadcast_to(p, (count, groups)).astype("<f4")).data
+            for p in parts
+        )
+        assert scales is not None
+        element = "uint" if self.coding.element == "int" else self.coding.element
+        codes = _bytes(rows.codes).data
+        return CodedRows(element, columns, group, codes, scales, zeros, biases)
 
     def check_order(self, name: str) -> None:
         """Raise BadWeights where columns of a group do not follow one another."""
-        index, size = self._index, self.coding.block[1]
-        if index is None:
-            return
-        if not np.array_equal(index, np.arange(index.size) // size):
+        if self._index is not None:
             raise BadWeights(
                 f"tensor {name!r}: {self._parts[INDEX].name!r} orders columns by activation, which "
                 "config.json (desc_act false) denies",
                 hint="--requantize decodes the weights, in whatever order they are",
             )
-
-    def _elements(self, codes: npt.NDArray[np.uint8]) -> Floats:
-        element, bits = self.coding.element, self.coding.bits
-        table = _TABLES.get(element)
-        if table is None:
-            found = np.arange(1 << bits, dtype=np.float32)
-            half = 1 << (bits - 1)
-            table = np.where(found >= half, found - 2 * half, found) if element == "int" else found
-        return table.astype(np.float32, copy=False)[codes]
 
     def _scale_values(self, rows: Rows) -> Floats:
         """Scales as numbers, a global one taken in."""
@@ -295,15 +270,6 @@ class _Matrix:
         if self.coding.global_scale == DIVIDES:
             return scale / self._global
         return scale * self._global
-
-    def _spread(self, values: Floats, rows: Rows) -> Floats:
-        """A value for each group as one for each column."""
-        columns = rows.codes.shape[1]
-        if values.shape[1] == 1:
-            return values
-        if self._index is not None:
-            return values[:, self._index]
-        return np.repeat(values, rows.group, axis=1)[:, :columns]
 
     @property
     def _groups(self) -> int:
@@ -321,7 +287,7 @@ class _Matrix:
             return unpack(down.view(np.uint8), bits, columns)
         if layout == "awq":
             assert self._codes is not None
-            return np.ascontiguousarray(_awq(self._codes[:, first // 8 : last // 8]).T)
+            return _awq(self._codes[:, first // 8 : last // 8])
         if layout == "nibble_rows":
             both = self._raw_rows(CODES, first // 2, -(-last // 2), self._shape[0] // 2)
             return np.stack([both & 15, both >> 4], axis=1).reshape(count, columns)
@@ -373,7 +339,7 @@ class _Matrix:
         if coding.layout == "gptq":
             found = unpack(words.view(np.uint8), coding.bits, rows).T.astype(np.int32)
         elif coding.layout == "awq":
-            found = _awq(words).T.astype(np.int32)
+            found = _awq(words).astype(np.int32)
         elif coding.layout == "gemv":
             found = unpack(words.view(np.uint8), coding.bits, self._groups).astype(np.int32)
         else:  # down the columns, in the layout of the codes
@@ -385,6 +351,20 @@ class _Matrix:
         found = self._whole(GLOBAL).view("<f4")
         value = np.float32(found[self._place[0] if found.size > 1 else 0])
         return value / np.float32(MAX_SCALE) if self.coding.global_scale == MLX_GLOBAL else value
+
+    def _group_index(self) -> npt.NDArray[np.int32] | None:
+        """The group of each column; None where the columns of a group follow one another."""
+        index = self._whole(INDEX).view(np.int32)
+        usual = np.arange(index.size) // self.coding.block[1]
+        if (index == -1).all() or np.array_equal(index, usual):
+            return None
+        scale = self._parts[SCALE].shape
+        groups = scale[0] if self.coding.layout in TRANSPOSED else scale[-1]
+        if index.min() < 0 or index.max() >= groups:
+            raise BadWeights(
+                f"{self._parts[INDEX].name!r} names groups other than 0 to {groups - 1}"
+            )
+        return index
 
     def _words(self, role: str) -> npt.NDArray[np.uint32]:
         return self._whole(role).view("<u4").reshape(self._parts[role].shape)
@@ -412,26 +392,46 @@ class _Matrix:
         return found
 
 
+def _decoded(rows: CodedRows, dtype: str) -> memoryview:
+    found = kernels.decode(rows, dtype)
+    return decode(rows, dtype) if found is None else found
+
+
 # -- packing ---------------------------------------------------------------------------------------
+
+
+def _codes_of_bytes(bits: int) -> Array:
+    """For each byte its codes, as one element that is copied at once."""
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    codes = (np.arange(256, dtype=np.uint8)[:, None] >> shifts) & np.uint8((1 << bits) - 1)
+    found: npt.NDArray[Any] = codes.view(f"<u{len(shifts)}").reshape(-1)
+    return found
+
+
+_CODES_OF_BYTES = {bits: _codes_of_bytes(bits) for bits in (2, 4)}
 
 
 def unpack(raw: npt.NDArray[np.uint8], bits: int, count: int) -> npt.NDArray[np.uint8]:
     """Codes of each row of bytes: a stream of bits, the lowest first. [rows, count]"""
     if bits == 8:
         return raw[:, :count]
-    if bits == 4:
-        return np.stack([raw & 15, raw >> 4], axis=-1).reshape(raw.shape[0], -1)[:, :count]
+    if bits in _CODES_OF_BYTES:
+        found: Array = np.take(_CODES_OF_BYTES[bits], raw).view(np.uint8)
+        return found.reshape(raw.shape[0], -1)[:, :count]
     stream = np.unpackbits(raw, axis=1, count=count * bits, bitorder="little")
     codes = stream.reshape(raw.shape[0], count, bits)
-    found: npt.NDArray[np.uint8] = np.packbits(codes, axis=-1, bitorder="little")
-    return found.reshape(raw.shape[0], count)
+    packed: npt.NDArray[np.uint8] = np.packbits(codes, axis=-1, bitorder="little")
+    return packed.reshape(raw.shape[0], count)
 
 
 def unpack_words(words: npt.NDArray[np.uint32], bits: int, count: int) -> npt.NDArray[np.uint8]:
     """Codes of rows of 32-bit words that hold whole codes, the lowest first. [rows, count]"""
+    if 32 % bits == 0:
+        return unpack(np.ascontiguousarray(words).view(np.uint8), bits, count)
     shifts = np.arange(32 // bits, dtype=np.uint32) * np.uint32(bits)
     codes = (words[..., None] >> shifts) & np.uint32((1 << bits) - 1)
-    return codes.astype(np.uint8).reshape(words.shape[0], -1)[:, :count]
+    found: npt.NDArray[np.uint8] = codes.astype(np.uint8).reshape(words.shape[0], -1)
+    return found[:, :count]
 
 
 def pack(codes: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
@@ -439,18 +439,21 @@ def pack(codes: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
     if bits == 8:
         return np.ascontiguousarray(codes).reshape(-1)
     if bits == 4:
-        return (codes[:, 0::2] | (codes[:, 1::2] << np.uint8(4))).reshape(-1)
+        pairs: Array = np.ascontiguousarray(codes).view("<u2")
+        joined: npt.NDArray[np.uint8] = (pairs | (pairs >> 4)).astype(np.uint8)
+        return joined.reshape(-1)
     stream = np.unpackbits(codes[..., None], axis=-1, count=bits, bitorder="little")
     words = np.packbits(stream.reshape(codes.shape[0], -1), axis=1, bitorder="little")
     return _bytes(words)
 
 
 def _awq(words: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint8]:
-    """Codes of AWQ's words, eight outputs each. [inputs or groups, outputs]"""
-    halves = unpack_words(words, 4, 8 * words.shape[1]).reshape(words.shape[0], -1, 8)
-    found = np.empty_like(halves)
-    found[..., _AWQ_ORDER] = halves
-    return found.reshape(words.shape[0], -1)
+    """Codes of AWQ's words, [inputs or groups, eights of outputs], by output. [outputs, inputs]"""
+    across = np.ascontiguousarray(words.T)
+    found = np.empty((across.shape[0], 8, across.shape[1]), np.uint8)
+    for place, output in enumerate(_AWQ_ORDER):
+        found[:, output] = (across >> np.uint32(4 * place)) & np.uint32(15)
+    return found.reshape(-1, across.shape[1])
 
 
 def _e8m0(codes: Array) -> Floats:

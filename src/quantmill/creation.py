@@ -196,7 +196,7 @@ def create(
         found = checkpoint.source
         decided = plan_for(found, request, options)
         config = mediatypes.CONFIG, None, _config(decided, found, modelfile, base)
-        chosen = pace(decided, workers, memory)
+        chosen = pace(decided, found.tensors, workers, memory)
         additions = [config, *_side_files(checkpoint, decided), *_additions(modelfile)]
         # a thread of its own: waiting for the disk costs the weights no time
         with store.writing(), ThreadPoolExecutor(1, "quantmill-files") as beside:

@@ -5,6 +5,7 @@ Arrays of bytes have one dimension and hold little-endian elements.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import numpy.typing as npt
 
 from quantmill.errors import BadRequest
 from quantmill.formats import Format
-from quantmill.weights import Quantized, too_large
+from quantmill.weights import CodedRows, Quantized, too_large
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
@@ -73,6 +74,51 @@ def to_bf16(raw: Bytes, dtype: str) -> Bytes:
     rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
     rounded[np.isnan(values)] = 0x7FC0
     return rounded.view(np.uint8)
+
+
+def _e4m3() -> Floats:
+    codes = np.arange(256)
+    exponent, mantissa = (codes >> 3) & 15, codes & 7
+    values = np.where(
+        exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * np.exp2(exponent.astype(float) - 10)
+    )
+    values[(codes & 127) == 127] = np.nan
+    return np.where(codes < 128, values, -values).astype(np.float32)
+
+
+_E2M1_HALF = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+E4M3: Floats = _e4m3()
+"""The number that each E4M3 byte stands for."""
+
+_TABLES: Mapping[str, Floats] = {
+    "uint": np.arange(256, dtype=np.float32),
+    "e2m1": np.array([*_E2M1_HALF, *(-v for v in _E2M1_HALF)], np.float32),
+    "e4m3": E4M3,
+}
+
+
+def decode(rows: CodedRows, dtype: str) -> memoryview:
+    """The rows' numbers as elements of `dtype`: what the kernel of that name does, in NumPy."""
+    codes = np.frombuffer(rows.codes, np.uint8).reshape(-1, rows.columns)
+
+    def spread(part: memoryview) -> Floats:
+        groups = np.frombuffer(part, np.float32).reshape(-1, -(-rows.columns // rows.group))
+        return np.repeat(groups, rows.group, axis=1)[:, : rows.columns]
+
+    values = _TABLES[rows.element][codes]
+    with np.errstate(over="ignore", invalid="ignore"):
+        if rows.zeros is not None:
+            values -= spread(rows.zeros)
+        values *= spread(rows.scales)
+        if rows.biases is not None:
+            values += spread(rows.biases)
+    return rounded(values, dtype)
+
+
+def rounded(values: Floats, dtype: str) -> memoryview:
+    """As `from_float32`, but with one NaN: the sign and bits of others depend on the processor."""
+    values = np.where(np.isnan(values), np.float32(np.nan), values)
+    return from_float32(values.reshape(-1), dtype).data
 
 
 def refuse_overflow(raw: Bytes, found: Quantized, dtype: str, fmt: Format) -> None:

@@ -75,9 +75,9 @@ def _nvfp4_metadata(found: Found, packed: bool) -> dict[str, str]:
 def read_blocks(found: Found) -> Coded:
     """gpt-oss: blocks of 16 bytes, 32 codes, with a scale each. Rows are outputs."""
     codes, scale = found.codes, found.scale
-    *leading, groups, size = codes.shape
     name = f"{found.module}.weight"
-    if size != 16 or not leading or scale.shape != (*leading, groups):
+    fits = len(codes.shape) > 2 and codes.shape[-1] == 16 and scale.shape == codes.shape[:-1]
+    if not fits:
         raise BadSource(
             f"{scale.name!r} of shape {list(scale.shape)} does not fit {codes.name!r} of shape "
             f"{list(codes.shape)}: one scale for each block of 16 bytes is needed",
@@ -85,7 +85,7 @@ def read_blocks(found: Found) -> Coded:
         )
     parts = {CODES: codes, SCALE: scale}
     coding = Coding(tuple(parts), "e2m1", "stream", 4, (1, 32))
-    shape = (*leading, groups * 32)
+    shape = (*codes.shape[:-2], codes.shape[-2] * 32)
     return Coded(name, "gpt-oss mxfp4", parts, coding, shape, "BF16", MXFP4, True, MXFP4.metadata())
 
 

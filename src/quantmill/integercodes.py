@@ -80,7 +80,8 @@ def _packed_width(found: Found) -> tuple[int, int, str]:
     for layout in layouts:
         for bits in sorted(stated or range(2, 9)):
             columns = recorded[1] if recorded else _columns(codes.shape[1], bits, layout)
-            known = recorded is not None or (stated and columns % scale.shape[-1] == 0)
+            divides = scale.shape[-1] and columns % scale.shape[-1] == 0
+            known = recorded is not None or (stated and divides)
             if known and columns and _words(columns, bits, layout) == codes.shape[1]:
                 fits.setdefault((bits, columns), layout)
     if len(fits) == 1:

@@ -15,7 +15,7 @@ from types import ModuleType
 
 from quantmill.errors import BadRequest
 from quantmill.formats import DTYPE_BYTES, FLOAT_DTYPES, Format, is_valid
-from quantmill.weights import Quantized, too_large
+from quantmill.weights import CodedRows, Quantized, too_large
 
 VARIABLE = "QUANTMILL_KERNELS"
 """Environment variable: the name of an implementation."""
@@ -145,6 +145,26 @@ def dequantize(
         codes, scales,
         _NOTHING if biases is None else biases,
         dtype, fmt.mode, fmt.bits, fmt.group_size, values, with_,
+    )  # fmt: skip
+    return values
+
+
+def decode(rows: CodedRows, dtype: str) -> memoryview | None:
+    """The rows' numbers as raw bytes, or None where the extension is not in use.
+
+    `dtype` is BF16, F16 or F32; NaN comes out quiet and positive.
+    """
+    with_ = in_use()
+    if with_ == MLX:
+        return None
+    from quantmill import _native
+
+    values = memoryview(bytearray(rows.codes.nbytes * DTYPE_BYTES[dtype]))
+    _native.decode(
+        rows.codes, rows.scales,
+        _NOTHING if rows.zeros is None else rows.zeros,
+        _NOTHING if rows.biases is None else rows.biases,
+        rows.element, dtype, rows.columns, rows.group, values, with_,
     )  # fmt: skip
     return values
 

@@ -8,7 +8,6 @@ import numpy as np
 import numpy.typing as npt
 
 from quantmill.elements import from_float32, to_float32
-from quantmill.formats import DTYPE_BYTES
 from quantmill.plans import LowRank, TensorSpec
 from quantmill.source import SourceTensor
 
@@ -93,6 +92,9 @@ def _product(factors: _Factors, first: int, last: int) -> Floats:
     return np.multiply(total, factors.scale, out=total)
 
 
-def held_bytes(spec: TensorSpec) -> int:
-    """Bytes of factors that merging holds; each is read whole."""
-    return sum(DTYPE_BYTES["F32"] * sum(spec.shape[-2:]) * 64 for low in spec.added if low)
+def held_bytes(spec: TensorSpec, tensors: Mapping[str, SourceTensor]) -> int:
+    """Bytes of factors that merging holds, at most: those of one member are read whole."""
+    names = [(low.left, low.right) for low in spec.added if low]
+    largest = max((sum(tensors[n].elements for n in pair) for pair in names), default=0)
+    # as they are read, in float32, turned around; one member's stay until the next one's are there
+    return (12 if len(names) == 1 else 24) * largest

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import resource
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
 from quantmill import kernels
 from quantmill.errors import OverBudget
-from quantmill.plans import CAST, CPU_PROFILE, Options, Plan
+from quantmill.plans import CAST, COLUMNS, CPU_PROFILE, INDEX, Options, Plan, TensorSpec
+from quantmill.source import SourceTensor
 
 PIECE_BYTES = 1 << 20
 """Source bytes that a thread takes at once: enough to make Python's share small, and cached."""
@@ -41,8 +43,13 @@ class Pace:
     piece_bytes: int
 
 
-def pace(plan: Plan, workers: int | None = None, memory: int | None = None) -> Pace:
-    """Threads and pieces for a plan.
+def pace(
+    plan: Plan,
+    tensors: Mapping[str, SourceTensor],
+    workers: int | None = None,
+    memory: int | None = None,
+) -> Pace:
+    """Threads and pieces for a plan over these tensors of a source.
 
     `workers` are the most threads, None for one on each processor and MOST_WORKERS at most.
     `memory` is the most bytes that the whole process may ever occupy, what it occupies by now
@@ -55,15 +62,16 @@ def pace(plan: Plan, workers: int | None = None, memory: int | None = None) -> P
         usual = max(SMALLEST_PIECE, _USUAL_BYTES // times)
         return Pace(wanted, min(PIECE_BYTES, _power_of_two(usual)))
     loads_mlx = not _is_native(plan.options) and "mlx.core" not in sys.modules
+    kept = _KEPT_BYTES + _held_bytes(plan, tensors)  # first: it loads NumPy where that is needed
     used = occupied() + _RESERVE + (_MLX_BYTES if loads_mlx else 0)
-    smallest = _KEPT_BYTES + times * SMALLEST_PIECE
+    smallest = kept + times * SMALLEST_PIECE
     if used + smallest > memory:
         raise OverBudget(
             f"{memory} bytes of memory are not enough",
             hint=f"--memory {-(-(used + smallest) // 1_000_000)}MB is the least here",
         )
     fitting = min(wanted, (memory - used) // smallest)
-    share = (memory - used) // fitting - _KEPT_BYTES
+    share = (memory - used) // fitting - kept
     return Pace(fitting, min(PIECE_BYTES, _power_of_two(share // times)))
 
 
@@ -73,11 +81,36 @@ def _working_bytes(plan: Plan) -> int:
     for spec in plan.tensors:
         if spec.transform == CAST:
             found = max(found, 8)
-        if spec.coding is not None or spec.added:
+        if spec.coding is not None:
+            found = max(found, 8 if _decodes_natively(spec) else 20)
+        if spec.added:
             found = max(found, 20)  # several arrays of float32 for each element of two bytes
         if spec.format is not None and not native:
             # MLX composes the 4-bit float formats of whole-array operations
             found = max(found, 48 if spec.format.mode in {"nvfp4", "mxfp4"} else 24)
+    return found
+
+
+def _decodes_natively(spec: TensorSpec) -> bool:
+    """Whether decoding makes no arrays of float32 for all elements."""
+    assert spec.coding is not None
+    return kernels.in_use() != kernels.MLX and not {COLUMNS, INDEX} & set(spec.coding.roles)
+
+
+def _held_bytes(plan: Plan, tensors: Mapping[str, SourceTensor]) -> int:
+    """Bytes that a thread holds besides its pieces, at most: what is read whole."""
+    found = 0
+    for spec in plan.tensors:
+        held = 0
+        if spec.coding is not None:
+            from quantmill import coding
+
+            held += coding.held_bytes(spec, tensors)
+        if any(spec.added):
+            from quantmill import merging
+
+            held += merging.held_bytes(spec, tensors)
+        found = max(found, held)
     return found
 
 

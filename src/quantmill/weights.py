@@ -30,6 +30,24 @@ class Quantized:
     non_finite: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class CodedRows:
+    """Rows of another quantizer's codes, a byte each, and the parameters of their groups.
+
+    A number is (element - zero) * scale + bias, every operation rounded to F32. `element` says what
+    a code stands for: `uint`, `e2m1` or `e4m3`. Scales, zeros and biases are F32 in raw bytes, one
+    of each for `group` columns of a row, or for fewer at its end; None for no zeros or biases.
+    """
+
+    element: str
+    columns: int
+    group: int
+    codes: memoryview
+    scales: memoryview
+    zeros: memoryview | None
+    biases: memoryview | None
+
+
 def no_groups(fmt: Format) -> Quantized:
     """What no weights become."""
     nothing = memoryview(b"")
