@@ -93,16 +93,16 @@ BOUNDS = {
     ("modelopt-nvfp4", None): 1e-5,
     ("ct-mxfp4", None): 1e-5,
     ("hf-gpt-oss-mxfp4", None): 1e-5,
-    ("ct-int4-w4a16", None): 2e-2,
-    ("ct-int8-w8a8", None): 2e-2,
-    ("ct-fp8-block", None): 0.2,
-    ("ct-fp8-channel", None): 0.2,
+    ("ct-int4-w4a16", None): 5e-3,
+    ("ct-int8-w8a8", None): 5e-3,
+    ("ct-fp8-block", None): 0.1,
+    ("ct-fp8-channel", None): 0.1,
     ("ct-int4-w4a16", "bf16"): 1e-5,
     ("ct-int8-w8a8", "bf16"): 1e-5,
-    ("ct-fp8-block", "bf16"): 2e-2,
-    ("ct-fp8-channel", "bf16"): 2e-2,
+    ("ct-fp8-block", "bf16"): 1e-5,
+    ("ct-fp8-channel", "bf16"): 1e-5,
     ("hf-deepseek-v3-fp8-block", "bf16"): 1e-5,
-    ("hf-deepseek-v3-fp8-block", None): 0.2,
+    ("hf-deepseek-v3-fp8-block", None): 0.1,
 }
 
 
