@@ -9,7 +9,7 @@ that importers write with MLX: from_fp8, the scales of the blocks multiplied in,
 mx.save_safetensors for each tensor. quantmill syncs what it writes, and hashes it; MLX does not.
 The table gives medians of wall time, CPU time, peak memory and millions of weights a second.
 
-    python benchmarks/bench_sources.py [--gigabytes 0.5] [--runs 5] [--folder /tmp]
+    python benchmarks/bench_sources.py [--gigabytes 0.5] [--runs 3] [--folder /tmp]
 
 Results also go to bench-results/sources.json.
 """
@@ -133,7 +133,7 @@ def main() -> None:
     """Run both and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gigabytes", type=float, default=0.5)
-    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where to work; some gigabytes")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as name:

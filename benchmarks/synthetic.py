@@ -71,9 +71,8 @@ def write_checkpoint(folder: Path, tensors: dict[str, tuple[int, ...]]) -> None:
 def write_fp8_checkpoint(folder: Path, gigabytes: float) -> None:
     """Write matrices of block FP8, as DeepSeek stores them: random codes, none of them NaN."""
     folder.mkdir(parents=True, exist_ok=True)
-    matrices = {
-        name: s for name, s in shapes(2 * gigabytes).items() if name.endswith("_proj.weight")
-    }
+    found = shapes(2 * gigabytes + 4e-9 * VOCABULARY * HIDDEN)
+    matrices = {name: shape for name, shape in found.items() if name.endswith("_proj.weight")}
     random = np.random.default_rng(0)
     layers = len({name.split(".")[2] for name in matrices})
     method = {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK], "fmt": "e4m3"}

@@ -5,17 +5,24 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from checkpoints import SMALL, write_checkpoint, write_tensor_file
-from quantmill import kernels, pacing
+from packers import SCHEMES
+from quantmill import coding, kernels, pacing
 from quantmill.creation import create, on_device, plan
 from quantmill.errors import BadRequest, OverBudget
+from quantmill.opening import open_source
 from quantmill.pacing import PIECE_BYTES, SMALLEST_PIECE, default_workers, pace, parse_memory
 from quantmill.plans import Options, Plan
+from quantmill.source import SourceTensor
 from quantmill.store import Store
+from test_adapters import peft_pair, write_peft
 
 MEGABYTE = 1 << 20
 
@@ -108,6 +115,108 @@ def test_a_process_stays_within_its_budget(tmp_path: Path, fmt: str, budget: int
     code, peak = map(int, done.stdout.split())
     assert code == 0, done.stderr
     assert peak <= budget * MEGABYTE
+
+
+# -- weights that are quantized already ------------------------------------------------------------
+
+UP = "model.layers.0.mlp.up_proj"
+
+
+def coded(folder: Path, scheme: str, rows: int, columns: int, **options: Any) -> Path:
+    """A checkpoint of one matrix for each of three layers."""
+    modules = {UP.replace(".0.", f".{layer}."): (rows, columns) for layer in range(3)}
+    return SCHEMES[scheme](np.random.default_rng(0), modules, **options).write(folder)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "options", "budget"),
+    [
+        ("block_fp8", {}, 72),
+        ("gptq", {"order": "activations", "group_size": 32}, 96),
+        ("awq", {"group_size": 32}, 96),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_decoding_stays_within_a_budget(
+    tmp_path: Path, scheme: str, options: dict[str, Any], budget: int
+) -> None:
+    """The peak of a process that decodes and quantizes again is below what was asked for."""
+    folder = coded(tmp_path / "c", scheme, 2048, 4096, **options)
+    program = MEASURE.replace('"-q"', '"--requantize"')
+    done = subprocess.run(
+        [sys.executable, "-c", program, folder, tmp_path / "store", "mxfp8", f"{budget}MiB"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    code, peak = map(int, done.stdout.split())
+    assert code == 0, done.stderr
+    assert peak <= budget * MEGABYTE
+
+
+@pytest.mark.parametrize(
+    ("scheme", "options"),
+    [
+        ("gptq", {"symmetric": False, "group_size": 32}),
+        ("gptq", {"bits": 3, "order": "activations"}),
+        ("gptq", {"bits": 8}),
+        ("awq", {"group_size": 32}),
+        ("awq", {"version": "gemv", "group_size": 32}),
+        ("compressed_packed", {"symmetric": False, "group_size": 32}),
+        ("block_fp8", {}),
+    ],
+    ids=str,
+)
+def test_what_reading_holds_is_no_more_than_counted(
+    tmp_path: Path, scheme: str, options: dict[str, Any]
+) -> None:
+    """With the smallest pieces, what decoding allocates is what is counted, and not half of it."""
+    folder = coded(tmp_path / "c", scheme, 1024, 4096, **options)
+    spec = next(t for t in plan(folder, requantize="bf16").tensors if UP in t.name)
+    with open_source(folder) as source:
+        tensors = source.source.tensors
+        sources = [tensors[name] for name in spec.sources]
+        held = coding.held_bytes(spec, tensors)
+        tracemalloc.start()
+        for _ in coding.numbers(spec, sources, source.read_into, SMALLEST_PIECE):
+            pass
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert held / 2 <= peak <= held + 20 * SMALLEST_PIECE
+
+
+def test_a_matrix_that_is_held_whole_must_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GPTQ's codes run across the rows: a budget without room for all of them is refused."""
+    monkeypatch.setattr(pacing, "occupied", lambda: 50 * MEGABYTE)
+    gptq = coded(tmp_path / "gptq", "gptq", 4096, 4096)
+    with open_source(gptq) as source:
+        tensors = source.source.tensors
+    decided = plan(gptq)
+    assert tensors[f"{UP}.qweight"].nbytes == 8 * MEGABYTE
+    with pytest.raises(OverBudget) as caught:
+        pace(decided, tensors, 1, 74 * MEGABYTE)
+    least = parse_memory(str(caught.value.hint).split()[1])
+    assert pace(decided, tensors, 2, least).workers == 1
+    assert pace(decided, tensors, 2, 2 * least).workers == 2
+
+
+def test_factors_of_adapters_must_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both factors of a change are held in float32, whatever rank they have."""
+    monkeypatch.setattr(pacing, "occupied", lambda: 50 * MEGABYTE)
+    base = write_checkpoint(tmp_path / "base", SMALL)
+    module = "model.layers.0.self_attn.q_proj"
+    rows, columns = SMALL[f"{module}.weight"][1]
+    adapter = write_peft(tmp_path / "a", peft_pair(module, rows, columns))
+    decided = plan(base, merge_lora=adapter)
+    low = next(low for t in decided.tensors for low in t.added if low)
+    small, large = (
+        {name: SourceTensor(name, "BF16", (rank, 4096)) for name in (low.left, low.right)}
+        for rank in (4, 512)
+    )
+    budget = 90 * MEGABYTE
+    assert pace(decided, small, 1, budget).workers == 1
+    with pytest.raises(OverBudget):
+        pace(decided, large, 1, budget)
 
 
 def test_scales_of_a_large_tensor_do_not_gather_in_memory(tmp_path: Path) -> None:
