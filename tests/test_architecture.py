@@ -26,6 +26,7 @@ LAYERS = [
     | {"companions", "quantconfig", "quantparams"},
     {
         "files",
+        "locking",
         "store",
         "openfile",
         "checkpoint",

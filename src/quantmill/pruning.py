@@ -8,6 +8,7 @@ from pathlib import Path
 
 from quantmill.digests import Digest
 from quantmill.errors import Busy, Corrupt, NotFound
+from quantmill.manifest import BlobRef
 from quantmill.names import ModelName, as_name, as_names
 from quantmill.store import BlobFile, Store
 
@@ -56,6 +57,7 @@ def plan_prune(store: Store, older_than: float = GRACE_SECONDS) -> PrunePlan:
 
     Raises Corrupt when a manifest cannot be read: what it names would look unreferenced.
     """
+    there = store.list_blobs()  # before the manifests: what is named meanwhile is then seen
     try:
         needed = referenced(store)
     except Corrupt as error:
@@ -64,7 +66,7 @@ def plan_prune(store: Store, older_than: float = GRACE_SECONDS) -> PrunePlan:
             kind=error.kind,
             hint="nothing is pruned while a manifest is unreadable; remove or replace that model",
         ) from None
-    loose = [blob for blob in store.list_blobs() if blob.digest not in needed]
+    loose = [blob for blob in there if blob.digest not in needed]
     loose += store.stale_files()
     old = [blob for blob in loose if blob.age >= older_than]
     return PrunePlan(
@@ -81,10 +83,14 @@ def prune(store: Store, older_than: float = GRACE_SECONDS) -> PrunePlan:
     """
     with store.removing():
         plan = plan_prune(store, older_than)
-        for blob in (*plan.blobs, *plan.leftovers):
-            store.disk.remove(blob.path)
+        gone = {f for f in (*plan.blobs, *plan.leftovers) if store.remove_if_old(f, older_than)}
         _remove_empty_folders(store)
-    return plan
+    kept = len(plan.blobs) + len(plan.leftovers) - len(gone)
+    return PrunePlan(
+        tuple(f for f in plan.blobs if f in gone),
+        tuple(f for f in plan.leftovers if f in gone),
+        plan.young + kept,
+    )
 
 
 def _remove_empty_folders(store: Store) -> None:
@@ -146,6 +152,17 @@ def copy(store: Store, source: str | ModelName, target: str | ModelName) -> None
         return
     with store.writing():
         for ref in manifest.all_refs():
-            if store.blob_size(ref.digest) != ref.size:
-                raise Corrupt(f"blob {ref.digest.short} of {source.display} has the wrong size")
+            _check_blob(store, ref, source)
+        store.keep({ref.digest for ref in manifest.all_refs()})
         store.put_manifest(target, manifest.raw)
+
+
+def _check_blob(store: Store, ref: BlobRef, name: ModelName) -> None:
+    shown = f"blob {ref.digest.short} ({ref.name or ref.media_type}) of {name.display}"
+    hint = f"`quantmill verify {name.display}` tells what is damaged"
+    try:
+        size = store.blob_size(ref.digest)
+    except NotFound:
+        raise NotFound(f"{shown} is missing", kind="blob_missing", hint=hint) from None
+    if size != ref.size:
+        raise Corrupt(f"{shown} has the wrong size", hint=hint)
