@@ -120,8 +120,13 @@ class Disk:
             return
         with translated(folder):
             self.make_folder(folder.parent)
-            folder.mkdir(FOLDER_MODE, exist_ok=True)
+            self.new_folder(folder)
             self.sync(folder.parent)
+
+    def new_folder(self, folder: Path) -> None:
+        """Create one folder, not durable yet; one that another process made is no error."""
+        with translated(folder):
+            folder.mkdir(FOLDER_MODE, exist_ok=True)
 
     def remove_folder(self, folder: Path) -> bool:
         """Remove a folder if it is empty; whether it was."""

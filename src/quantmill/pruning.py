@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from quantmill.digests import Digest
-from quantmill.errors import Busy, Corrupt, NotFound
+from quantmill.errors import Busy, Corrupt, NotFound, StoreError
 from quantmill.manifest import BlobRef
 from quantmill.names import ModelName, as_name, as_names
 from quantmill.store import BlobFile, Store
@@ -83,6 +84,8 @@ def prune(store: Store, older_than: float = GRACE_SECONDS) -> PrunePlan:
     """
     with store.removing():
         plan = plan_prune(store, older_than)
+        if plan.blobs:
+            store.settle_names()
         gone = {f for f in (*plan.blobs, *plan.leftovers) if store.remove_if_old(f, older_than)}
         _remove_empty_folders(store)
     kept = len(plan.blobs) + len(plan.leftovers) - len(gone)
@@ -117,6 +120,10 @@ def remove(store: Store, names: str | ModelName | Iterable[str | ModelName]) -> 
     for name in wanted.values():
         try:
             candidates.update(ref.digest for ref in store.get_manifest(name).all_refs())
+        except NotFound:
+            with suppress(StoreError):  # a removal that was interrupted may not be durable yet
+                store.settle_names()
+            raise
         except Corrupt:  # a broken manifest can be removed; what it named is prune's business
             continue
     for name in wanted.values():
@@ -124,6 +131,7 @@ def remove(store: Store, names: str | ModelName | Iterable[str | ModelName]) -> 
     try:
         with store.removing():
             loose = candidates - referenced(store)
+            store.settle_names()
             removed = [_remove_blob(store, digest) for digest in sorted(loose)]
     except (Busy, Corrupt):
         return Removed(tuple(wanted.values()), 0, 0, len(candidates))

@@ -394,6 +394,16 @@ class Store:
             if not self.disk.remove_folder(folder):
                 break
 
+    def settle_names(self) -> None:
+        """Make durable what was done to names, by whomever: then blobs may go that none names.
+
+        A removal that was not synced may be undone by a power cut; the name would then be back.
+        """
+        for level in reversed(self._manifest_folders()):
+            for folder in level:
+                with suppress(NotFound):  # gone, or none has been made yet
+                    self.disk.sync_folder(folder)
+
     def list_names(self) -> list[StoredName]:
         """Every name with a manifest, sorted; hidden and malformed names are passed over.
 
@@ -410,17 +420,23 @@ class Store:
                 found.append(StoredName(name, path, path.stat().st_mtime))
         return sorted(found, key=lambda s: s.name.parts)
 
+    def _manifest_folders(self) -> list[list[Path]]:
+        """The folders that lead to manifests, level by level."""
+        levels = [[self.manifests]]
+        for _ in range(3):
+            levels.append(
+                [
+                    Path(entry.path)
+                    for folder in levels[-1]
+                    for entry in _scan(folder)
+                    if _leads_to(entry, os.DirEntry.is_dir)
+                ]
+            )
+        return levels
+
     def _manifest_files(self) -> Iterator[Path]:
         """Files four levels down."""
-        folders = [self.manifests]
-        for _ in range(3):
-            folders = [
-                Path(entry.path)
-                for folder in folders
-                for entry in _scan(folder)
-                if _leads_to(entry, os.DirEntry.is_dir)
-            ]
-        for folder in folders:
+        for folder in self._manifest_folders()[-1]:
             for entry in _scan(folder):
                 if _leads_to(entry, os.DirEntry.is_file):
                     yield Path(entry.path)
