@@ -42,6 +42,7 @@ LAYERS = [
         "mlxquantize",
         "gpuround",
         "journal",
+        "space",
         "pacing",
         "transforms",
         "coding",

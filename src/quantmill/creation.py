@@ -26,6 +26,7 @@ from quantmill.parts import naming
 from quantmill.planner import make_plan, merge_plans, plan_part
 from quantmill.plans import Options, Plan
 from quantmill.source import ADAPTER, CONFIG, DRAFT, MODEL, MODEL_INDEX, Source
+from quantmill.space import require_space
 from quantmill.store import Store
 from quantmill.version import __version__
 
@@ -201,6 +202,7 @@ def create(
         additions = [config, *_side_files(checkpoint, decided), *_additions(modelfile)]
         run = partial(write_blobs, pace=chosen, restart=restart, progress=progress)
         with store.writing():
+            require_space(store, decided, checkpoint, sum(len(data) for *_, data in additions))
             written, small = _write_all(store, additions, partial(run, decided, checkpoint, store))
             refs = [*written.refs, *small[1:]]
             entries = _entries(base, refs) if draft else refs

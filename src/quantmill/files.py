@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -38,6 +39,11 @@ class Disk:
                     if attempt == _TRIES - 1:
                         raise
         raise AssertionError
+
+    def free(self, folder: Path) -> int:
+        """Bytes that can be written where a folder is."""
+        with translated(folder):
+            return shutil.disk_usage(folder).free
 
     def write(self, fd: int, data: memoryview, offset: int, path: Path) -> None:
         """Write all of `data` from `offset` on."""

@@ -49,6 +49,10 @@ class Journal:
         how = (options.profile, options.rounding, options.allow_non_finite)
         return digest_of(repr((_LAYOUT, self._plan.version, how, blob, files)).encode()).hex
 
+    def noted(self, key: str) -> Note | None:
+        """The note with this key, and nothing looked at."""
+        return self._notes.get(key)
+
     def find(self, key: str, blob: BlobSpec) -> Note | None:
         """The note on a blob that is there, read and found whole; None otherwise."""
         note = self._notes.get(key)

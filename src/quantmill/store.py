@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import stat
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -152,7 +151,7 @@ class Store:
         """Free space where the store is, or will be; None where that cannot be told."""
         for folder in (self.root, *self.root.absolute().parents):
             if folder.is_dir():
-                return shutil.disk_usage(folder).free
+                return self.disk.free(folder)
         return None
 
     # -- blobs -------------------------------------------------------------------------------------
