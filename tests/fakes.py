@@ -14,9 +14,10 @@ from quantmill import mediatypes
 from quantmill.digests import digest_of
 from quantmill.errors import StoreError
 from quantmill.files import Disk, translated
+from quantmill.locking import LOCK_FILE
 from quantmill.manifest import BlobRef, manifest_bytes
 from quantmill.names import parse_name
-from quantmill.store import LOCK_FILE, OWN_FOLDER, Pending, Store
+from quantmill.store import OWN_FOLDER, Pending, Store
 
 
 def write_file(path: Path, data: bytes = b"{}") -> Path:

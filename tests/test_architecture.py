@@ -26,6 +26,7 @@ LAYERS = [
     | {"companions", "quantconfig", "quantparams"},
     {
         "files",
+        "locking",
         "store",
         "openfile",
         "checkpoint",
@@ -41,6 +42,7 @@ LAYERS = [
         "mlxquantize",
         "gpuround",
         "journal",
+        "space",
         "pacing",
         "transforms",
         "coding",

@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 
 from fakes import files, finished, put, put_model, write_file, writer_elsewhere
+from quantmill import pruning
 from quantmill.digests import Digest, digest_of
 from quantmill.errors import Busy, Corrupt, NotFound
+from quantmill.manifest import manifest_bytes
 from quantmill.names import parse_name
 from quantmill.pruning import GRACE_SECONDS, copy, plan_prune, prune, remove
-from quantmill.store import Store
+from quantmill.store import BlobFile, Store
 
 OLD = GRACE_SECONDS + 60
 YOUNG = GRACE_SECONDS - 60
@@ -136,6 +138,40 @@ def test_nothing_is_pruned_while_another_process_writes(store: Store) -> None:
     loose(store, b"old", OLD)
     with writer_elsewhere(store.root), pytest.raises(Busy):
         prune(store)
+    assert blobs(store) == {b"old"}
+
+
+def test_a_blob_taken_into_use_meanwhile_stays(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ollama sets the time of a blob that it will name: whoever is about to remove it looks."""
+    digest = loose(store, b"old", OLD)
+
+    def plan_and_wait(*arguments: object) -> object:
+        plan = plan_prune(store)
+        os.utime(store.blob_path(digest))
+        return plan
+
+    monkeypatch.setattr(pruning, "plan_prune", plan_and_wait)
+    plan = prune(store)
+    assert (plan.blobs, plan.young, blobs(store)) == ((), 1, {b"old"})
+
+
+def test_a_model_named_while_prune_looks_keeps_its_blobs(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files are listed before manifests are read, so what is named in between is in use."""
+    (ref,) = put(store, b"old")
+    aged(store.blob_path(ref.digest), OLD)
+    listed = Store.list_blobs
+
+    def then_named(self: Store) -> list[BlobFile]:
+        found = listed(self)
+        self.put_manifest(parse_name("new"), manifest_bytes(ref, []))
+        return found
+
+    monkeypatch.setattr(Store, "list_blobs", then_named)
+    assert prune(store).blobs == ()
     assert blobs(store) == {b"old"}
 
 

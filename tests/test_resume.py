@@ -21,6 +21,7 @@ from fakes import FaultyDisk, files
 from quantmill import execute
 from quantmill.creation import Created, create
 from quantmill.errors import BadWeights, StoreError
+from quantmill.files import Disk
 from quantmill.plans import Options
 from quantmill.pruning import prune
 from quantmill.quantize import quantize as real_quantize
@@ -172,6 +173,25 @@ def test_lines_that_make_no_sense_are_passed_over(store: Store, source: Path, li
     notes = journal(store).read_bytes().splitlines()
     journal(store).write_bytes(b"\n".join([line, *notes, line[:-1]]))
     assert make(store, source).resumed == len(made.plan.blobs)
+
+
+def test_a_torn_line_spoils_only_itself(store: Store, source: Path) -> None:
+    """What is noted after a crash tore the last line stands on lines of its own."""
+    made = make(store, source)
+    journal(store).write_bytes(journal(store).read_bytes()[:-20])
+    assert make(store, source).resumed == len(made.plan.blobs) - 1
+    assert make(store, source).resumed == len(made.plan.blobs)
+
+
+def test_what_a_long_run_finished_is_kept_young(
+    store: Store, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blobs without a manifest get a new time again and again: others remove old ones."""
+    monkeypatch.setattr(execute, "REFRESH_SECONDS", -1)
+    touched: list[Path] = []
+    monkeypatch.setattr(Disk, "touch", lambda _, path: touched.append(path))
+    made = make(store, source)
+    assert len(set(touched)) == len(made.plan.blobs)
 
 
 def test_a_note_that_names_another_blob_is_not_believed(store: Store, source: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import errno
 import os
 import subprocess
@@ -13,15 +14,20 @@ from typing import Any
 import pytest
 
 from fakes import FaultyDisk, files, finished, put, put_model, write_file, writer_elsewhere
+from quantmill import locking
 from quantmill import store as store_module
 from quantmill.digests import Digest, digest_of, parse_digest
-from quantmill.errors import Busy, Corrupt, NoSpace, NotFound, QuantmillError, StoreError
+from quantmill.errors import Busy, Corrupt, NoSpace, NotFound, StoreError
+from quantmill.files import Disk
+from quantmill.locking import LOCK_FILE
 from quantmill.manifest import MAX_MANIFEST
 from quantmill.names import parse_name
-from quantmill.store import LOCK_FILE, Store, default_root
+from quantmill.store import Store, default_root
 from vectors import cases
 
 NAME = parse_name("m")
+SOURCE = Path(store_module.__file__).parent
+STORE_MODULES = ("creation", "drafts", "execute", "facts", "journal", "locking", "pruning", "store")
 
 
 @pytest.fixture
@@ -414,14 +420,16 @@ def test_blobs_are_synced_before_any_is_named(store: Store) -> None:
 
 
 def test_a_manifest_is_synced_before_it_is_named(store: Store) -> None:
-    """A manifest is written beside its place, closed, synced, renamed, and the folder synced."""
+    """A manifest and every folder on the way are synced, then it is renamed, the folder synced."""
     put_model(store, "m", b"1")
     disk = FaultyDisk()
     Store(store.root, disk).put_manifest(NAME, b"{}")
     target = store.manifest_path(NAME)
-    assert disk.operations == ["create", "write", "close", "sync", "rename", "sync_folder"]
+    assert disk.operations[:4] == ["create", "write", "close", "sync"]
     assert disk.done[3][1].parent == target.parent
-    assert disk.done[4:] == [("rename", target), ("sync_folder", target.parent)]
+    folders = [store.root, store.manifests, target.parent.parent.parent, target.parent.parent]
+    assert disk.done[4:8] == [("sync_folder", folder) for folder in folders]
+    assert disk.done[8:] == [("rename", target), ("sync_folder", target.parent)]
 
 
 def test_new_folders_are_synced_into_their_parents(store: Store) -> None:
@@ -435,6 +443,41 @@ def test_new_folders_are_synced_into_their_parents(store: Store) -> None:
     assert disk.operations.index("write") > max(
         at for at, (operation, _) in enumerate(disk.done) if operation == "make_folder"
     )
+
+
+def test_a_blob_that_is_kept_is_synced(store: Store) -> None:
+    """What another program wrote may not be durable: file and folder are synced before use."""
+    (ref,) = put(store, b"abc")
+    again = finished(store, b"abc")
+    disk = FaultyDisk()
+    Store(store.root, disk).commit([again])
+    path = store.blob_path(ref.digest)
+    assert disk.done == [
+        ("touch", path), ("sync", path), ("sync_folder", store.blobs), ("remove", again.path)
+    ]  # fmt: skip
+
+
+def test_only_the_disk_changes_files() -> None:
+    """Nothing under the store is written, renamed or removed but through `files.Disk`."""
+    changing = {"write_bytes", "write_text", "unlink", "rename", "mkdir", "rmdir", "touch"}
+    of_os = {
+        "replace",
+        "write",
+        "pwrite",
+        "remove",
+        "fsync",
+        "utime",
+        "link",
+        "truncate",
+    } | changing
+    for module in STORE_MODULES:
+        for node in ast.walk(ast.parse((SOURCE / f"{module}.py").read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and not ast.unparse(node.value).endswith("disk"):
+                owner, text = ast.unparse(node.value), ast.unparse(node)
+                assert node.attr not in (of_os if owner == "os" else changing), text
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("open"):
+                modes = {ast.unparse(argument) for argument in node.args}
+                assert not {"'w'", "'wb'", "'a'", "'ab'", "'x'", "'r+b'"} & modes, module
 
 
 # -- failures --------------------------------------------------------------------------------------
@@ -494,7 +537,7 @@ def test_any_failing_operation_leaves_the_model_before_or_after(
 def test_a_manifest_that_fails_leaves_the_old_one(store: Store) -> None:
     """Until the rename, every failure while replacing a manifest leaves the old bytes."""
     before = put_model(store, "m", *OLD)
-    for number in range(5):  # create, write, close, sync, rename
+    for number in range(9):  # create, write, close, sync, four folders, rename
         with pytest.raises(StoreError):
             Store(store.root, FaultyDisk(number)).put_manifest(NAME, b"{}")
         assert store.get_manifest(NAME).raw == before
@@ -589,15 +632,105 @@ def test_a_remover_excludes_other_removers(store: Store) -> None:
         pass
 
 
-def test_a_lock_that_cannot_be_had_is_an_error_of_the_store(
+def test_a_file_system_without_locks_is_named(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A file system without locks is named in a StoreError."""
+    """Where flock is not to be had, the message says so and what to do."""
     import fcntl
 
     def refuse(fd: int, kind: int) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with pytest.raises(QuantmillError, match="No locks available"), store.writing():
+    with pytest.raises(StoreError, match="has no locks: No locks") as caught, store.writing():
         pass
+    assert caught.value.kind == "no_locks"
+    assert "local disk" in (caught.value.hint or "")
+
+
+def test_removing_on_a_network_file_system_warns(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other machines may not see the lock: whoever removes is told, whoever writes is not."""
+    monkeypatch.setattr(locking, "file_system", lambda _: "nfs4")
+    with store.writing():
+        pass
+    with pytest.warns(UserWarning, match=r"network file system \(nfs4\)"), store.removing():
+        pass
+
+
+def test_the_file_system_of_a_folder_is_that_of_its_mount(tmp_path: Path) -> None:
+    """The longest mount point decides, the later one of two; blanks in names are escaped."""
+    table = write_file(
+        tmp_path / "mounts",
+        b"1 0 8:1 / / rw - ext4 /dev/sda rw\n"
+        b"2 1 0:5 / /net rw shared:1 - nfs4 host:/x rw\n"
+        b"3 1 0:6 / /net/a\\040b rw - tmpfs none rw\n"
+        b"4 1 0:7 / /twice rw - xfs a rw\n5 4 0:8 / /twice rw - cifs b rw\nnonsense\n",
+    )
+    expected = {"/home": "ext4", "/net/x": "nfs4", "/network": "ext4", "/net/a b/c": "tmpfs",
+                "/twice": "cifs"}  # fmt: skip
+    for folder, kind in expected.items():
+        assert locking.file_system(Path(folder), str(table)) == kind
+    assert locking.file_system(tmp_path, str(tmp_path / "absent")) is None
+
+
+def test_a_lock_file_that_is_replaced_is_locked_anew(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lock on a file that is gone keeps nobody out: the one under the name counts."""
+    path = store.root / LOCK_FILE
+    lock = Disk.lock
+    removed: list[Path] = []
+
+    def slow(disk: Disk, where: Path, *, exclusive: bool) -> int:
+        fd = lock(disk, where, exclusive=exclusive)
+        if not removed:
+            removed.append(where)
+            where.unlink()
+        return fd
+
+    monkeypatch.setattr(Disk, "lock", slow)
+    with store.writing():
+        assert path.exists()
+        monkeypatch.undo()
+        with pytest.raises(Busy), store.removing():
+            pass
+
+
+def test_another_users_lock_file_can_be_locked(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a store that several users share the first one's file is opened for reading."""
+    with store.writing():
+        pass
+    system = os.open
+
+    def refuse(path: Any, flags: int, *mode: int) -> int:
+        if flags & os.O_RDWR:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return system(path, flags, *mode)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with store.removing():
+        pass
+
+
+def test_a_folder_that_vanishes_is_made_again(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process may remove empty folders while a manifest is on its way into them."""
+    sync, folder = Disk.sync, store.manifest_path(NAME).parent
+    met: list[Path] = []
+
+    def removing(disk: Disk, path: Path) -> None:
+        if path == folder.parent and not met:
+            met.append(path)
+            folder.rmdir()
+            folder.parent.rmdir()
+        sync(disk, path)
+
+    monkeypatch.setattr(Disk, "sync", removing)
+    put_model(store, "m", b"1")
+    assert met
+    assert store.get_manifest(NAME)

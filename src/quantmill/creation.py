@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from quantmill import mediatypes, modelconfig, pipelines, strictjson
@@ -25,6 +26,7 @@ from quantmill.parts import naming
 from quantmill.planner import make_plan, merge_plans, plan_part
 from quantmill.plans import Options, Plan
 from quantmill.source import ADAPTER, CONFIG, DRAFT, MODEL, MODEL_INDEX, OpenSource, Source
+from quantmill.space import require_space
 from quantmill.store import Store
 from quantmill.version import __version__
 
@@ -198,20 +200,31 @@ def create(
         config = mediatypes.CONFIG, None, _config(decided, found, modelfile, base)
         chosen = pace(decided, found.tensors, workers, memory)
         additions = [config, *_side_files(checkpoint, decided), *_additions(modelfile)]
-        # a thread of its own: waiting for the disk costs the weights no time
-        with store.writing(), ThreadPoolExecutor(1, "quantmill-files") as beside:
-            small = beside.submit(_put_all, store, additions)
-            written = write_blobs(
-                decided, checkpoint, store, pace=chosen, restart=restart, progress=progress
-            )
-            config_ref, *rest = small.result()
-            refs = [*written.refs, *rest]
-            raw = _publish(store, target, config_ref, _entries(base, refs) if draft else refs)
+        run = partial(write_blobs, pace=chosen, restart=restart, progress=progress)
+        with store.writing():
+            require_space(store, decided, checkpoint, sum(len(data) for *_, data in additions))
+            written, small = _write_all(store, additions, partial(run, decided, checkpoint, store))
+            refs = [*written.refs, *small[1:]]
+            entries = _entries(base, refs) if draft else refs
+            raw = _publish(store, target, small[0], entries, base)
     return _created(store, target, decided, raw, written, base)
 
 
-def _publish(store: Store, target: ModelName, config: BlobRef, refs: Sequence[BlobRef]) -> bytes:
-    """Write the manifest, once everything it names is there; its bytes."""
+def _write_all(
+    store: Store, additions: Iterable[_Addition], weights: Callable[[], Written]
+) -> tuple[Written, list[BlobRef]]:
+    """Weights and small files, whose thread is of its own: waiting for the disk costs no time."""
+    with ThreadPoolExecutor(1, "quantmill-files") as beside:
+        small = beside.submit(_put_all, store, additions)
+        return weights(), small.result()
+
+
+def _publish(
+    store: Store, target: ModelName, config: BlobRef, refs: Sequence[BlobRef], base: Base | None
+) -> bytes:
+    """Write the manifest, once everything it names is there, durably; its bytes."""
+    if base:
+        store.keep({ref.digest for ref in base.refs})
     _check_present(store, [*refs, config])
     raw = manifest_bytes(config, refs)
     store.put_manifest(target, raw)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -39,6 +40,10 @@ SMALLEST_MAXIMUM = 1e-30
 
 LARGEST_TAIL = 1 << 20
 """Scales or biases that a thread keeps in memory until the codes before them are written."""
+
+REFRESH_SECONDS = 900
+"""How often a long run sets the times of blobs that no manifest names yet: Ollama's grace for them
+is an hour."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +137,7 @@ def write_blobs(
         progress, len(plan.tensors), sum(_read_bytes(spec, checkpoint) for spec in plan.tensors),
     )  # fmt: skip
     done: dict[str, _Done] = {}
-    new = 0
+    new, refreshed = 0, time.monotonic()
     finished: SimpleQueue[Future[_Done]] = SimpleQueue()
     with ThreadPoolExecutor(pace.workers, thread_name_prefix="quantmill") as pool:
         try:
@@ -146,6 +151,9 @@ def write_blobs(
                 batch = [future.result() for future in futures if not future.exception()]
                 new += _commit(job, batch)
                 done |= {one.blob.name: one for one in batch}
+                if time.monotonic() - refreshed > REFRESH_SECONDS:
+                    store.refresh(one.note.digest for one in done.values())
+                    refreshed = time.monotonic()
                 for future in futures:
                     future.result()  # what went wrong, once the others are safe
         finally:
@@ -171,7 +179,8 @@ def _all_of(queue: SimpleQueue[Future[_Done]]) -> list[Future[_Done]]:
 
 
 def _commit(job: _Job, batch: list[_Done]) -> int:
-    """Give blobs their names and note them down; how many were new."""
+    """Give blobs their names, after they are durable, and note them down; how many were new."""
+    job.store.keep(one.note.digest for one in batch if one.pending is None)
     fresh = [one for one in batch if one.pending is not None]
     pending = [one.pending for one in fresh if one.pending is not None]
     new = job.store.commit(pending)
@@ -206,7 +215,6 @@ def _finish_blob(job: _Job, blob: BlobSpec) -> _Done:
     note = job.journal.find(key, blob)
     if note is None:
         return _write_blob(job, blob, key)
-    job.store.touch_blob(note.digest)
     tensors = job.checkpoint.source.tensors
     nbytes = sum(tensors[name].nbytes for spec in blob.tensors for name in spec.sources)
     job.advance(blob.name, nbytes, tensors=len(blob.tensors))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,6 +17,9 @@ from quantmill.errors import NoSpace, NotFound, StoreError
 
 FILE_MODE = 0o644
 FOLDER_MODE = 0o755
+
+_TRIES = 100
+"""How often a folder that others remove is made again."""
 
 
 class Disk:
@@ -26,12 +30,20 @@ class Disk:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         path = folder / f"{prefix}{os.urandom(8).hex()}"
         with translated(folder):
-            while True:
-                self.make_folder(folder)
+            for attempt in range(_TRIES):
                 try:
+                    self.make_folder(folder)
                     return path, os.open(path, flags, FILE_MODE)
-                except FileNotFoundError:  # another process removed the folder, empty, in between
-                    continue
+                except (FileNotFoundError, NotFound):
+                    # another process removed the folder, empty, in between
+                    if attempt == _TRIES - 1:
+                        raise
+        raise AssertionError
+
+    def free(self, folder: Path) -> int:
+        """Bytes that can be written where a folder is."""
+        with translated(folder):
+            return shutil.disk_usage(folder).free
 
     def write(self, fd: int, data: memoryview, offset: int, path: Path) -> None:
         """Write all of `data` from `offset` on."""
@@ -47,12 +59,33 @@ class Disk:
         with translated(path):
             fd = os.open(path, flags, FILE_MODE)
             try:
-                os.write(fd, data)  # at once, so that lines of two processes do not mix
+                while data:  # at once as a rule, so that lines of two processes do not mix
+                    data = data[os.write(fd, data) :]
             finally:
                 os.close(fd)
 
+    def lock(self, path: Path, *, exclusive: bool) -> int:
+        """A descriptor that holds an advisory lock on a file, which is created where it is absent.
+
+        A shared lock is waited for; an exclusive one that others hold is BlockingIOError. Other
+        errors of the system come out as they are: what they mean depends on the file system.
+        """
+        import fcntl
+
+        flags = os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
+        try:
+            fd = os.open(path, os.O_RDWR | flags, FILE_MODE)
+        except PermissionError:  # of another user, in a store that several share
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB if exclusive else fcntl.LOCK_SH)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
     def close(self, fd: int, path: Path) -> None:
-        """Close a descriptor that `create` gave."""
+        """Close a descriptor that `create` or `lock` gave."""
         with translated(path):
             os.close(fd)
 
@@ -93,8 +126,13 @@ class Disk:
             return
         with translated(folder):
             self.make_folder(folder.parent)
-            folder.mkdir(FOLDER_MODE, exist_ok=True)
+            self.new_folder(folder)
             self.sync(folder.parent)
+
+    def new_folder(self, folder: Path) -> None:
+        """Create one folder, not durable yet; one that another process made is no error."""
+        with translated(folder):
+            folder.mkdir(FOLDER_MODE, exist_ok=True)
 
     def remove_folder(self, folder: Path) -> bool:
         """Remove a folder if it is empty; whether it was."""

@@ -38,6 +38,7 @@ class Journal:
     def __init__(self, store: Store, plan: Plan, source: OpenSource) -> None:
         self._store, self._plan, self._source = store, plan, source
         self._path = store.journals / f"{digest_of(plan.fingerprint.encode()).hex}.jsonl"
+        self._torn = False
         self._notes = self._read()
 
     def key(self, blob: BlobSpec) -> str:
@@ -47,6 +48,10 @@ class Journal:
         options = self._plan.options
         how = (options.profile, options.rounding, options.allow_non_finite)
         return digest_of(repr((_LAYOUT, self._plan.version, how, blob, files)).encode()).hex
+
+    def noted(self, key: str) -> Note | None:
+        """The note with this key, and nothing looked at."""
+        return self._notes.get(key)
 
     def find(self, key: str, blob: BlobSpec) -> Note | None:
         """The note on a blob that is there, read and found whole; None otherwise."""
@@ -64,7 +69,9 @@ class Journal:
             strictjson.canonical([n.key, str(n.digest), n.size, dict(n.non_finite)]) for n in notes
         ]
         if lines:
-            self._store.disk.append(self._path, b"\n".join(lines) + b"\n")
+            start = [b""] if self._torn else []  # a torn line spoils no more than itself
+            self._store.disk.append(self._path, b"\n".join([*start, *lines, b""]))
+            self._torn = False
 
     def forget(self) -> None:
         """Start afresh: drop every note on this source."""
@@ -75,10 +82,11 @@ class Journal:
         """Lines that make sense; a crash may have left others."""
         try:
             with self._path.open("rb") as file:
-                lines = file.read(_MAX_BYTES).splitlines()
+                data = file.read(_MAX_BYTES)
         except OSError:
             return {}
-        return {note.key: note for note in map(_parsed, lines) if note is not None}
+        self._torn = not data.endswith(b"\n")
+        return {note.key: note for note in map(_parsed, data.splitlines()) if note is not None}
 
 
 def _parsed(line: bytes) -> Note | None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from quantmill.digests import Digest
-from quantmill.errors import Busy, Corrupt, NotFound
+from quantmill.errors import Busy, Corrupt, NotFound, StoreError
+from quantmill.manifest import BlobRef
 from quantmill.names import ModelName, as_name, as_names
 from quantmill.store import BlobFile, Store
 
@@ -56,6 +58,7 @@ def plan_prune(store: Store, older_than: float = GRACE_SECONDS) -> PrunePlan:
 
     Raises Corrupt when a manifest cannot be read: what it names would look unreferenced.
     """
+    there = store.list_blobs()  # before the manifests: what is named meanwhile is then seen
     try:
         needed = referenced(store)
     except Corrupt as error:
@@ -64,7 +67,7 @@ def plan_prune(store: Store, older_than: float = GRACE_SECONDS) -> PrunePlan:
             kind=error.kind,
             hint="nothing is pruned while a manifest is unreadable; remove or replace that model",
         ) from None
-    loose = [blob for blob in store.list_blobs() if blob.digest not in needed]
+    loose = [blob for blob in there if blob.digest not in needed]
     loose += store.stale_files()
     old = [blob for blob in loose if blob.age >= older_than]
     return PrunePlan(
@@ -81,10 +84,16 @@ def prune(store: Store, older_than: float = GRACE_SECONDS) -> PrunePlan:
     """
     with store.removing():
         plan = plan_prune(store, older_than)
-        for blob in (*plan.blobs, *plan.leftovers):
-            store.disk.remove(blob.path)
+        if plan.blobs:
+            store.settle_names()
+        gone = {f for f in (*plan.blobs, *plan.leftovers) if store.remove_if_old(f, older_than)}
         _remove_empty_folders(store)
-    return plan
+    kept = len(plan.blobs) + len(plan.leftovers) - len(gone)
+    return PrunePlan(
+        tuple(f for f in plan.blobs if f in gone),
+        tuple(f for f in plan.leftovers if f in gone),
+        plan.young + kept,
+    )
 
 
 def _remove_empty_folders(store: Store) -> None:
@@ -111,6 +120,10 @@ def remove(store: Store, names: str | ModelName | Iterable[str | ModelName]) -> 
     for name in wanted.values():
         try:
             candidates.update(ref.digest for ref in store.get_manifest(name).all_refs())
+        except NotFound:
+            with suppress(StoreError):  # a removal that was interrupted may not be durable yet
+                store.settle_names()
+            raise
         except Corrupt:  # a broken manifest can be removed; what it named is prune's business
             continue
     for name in wanted.values():
@@ -118,6 +131,7 @@ def remove(store: Store, names: str | ModelName | Iterable[str | ModelName]) -> 
     try:
         with store.removing():
             loose = candidates - referenced(store)
+            store.settle_names()
             removed = [_remove_blob(store, digest) for digest in sorted(loose)]
     except (Busy, Corrupt):
         return Removed(tuple(wanted.values()), 0, 0, len(candidates))
@@ -146,6 +160,17 @@ def copy(store: Store, source: str | ModelName, target: str | ModelName) -> None
         return
     with store.writing():
         for ref in manifest.all_refs():
-            if store.blob_size(ref.digest) != ref.size:
-                raise Corrupt(f"blob {ref.digest.short} of {source.display} has the wrong size")
+            _check_blob(store, ref, source)
+        store.keep({ref.digest for ref in manifest.all_refs()})
         store.put_manifest(target, manifest.raw)
+
+
+def _check_blob(store: Store, ref: BlobRef, name: ModelName) -> None:
+    shown = f"blob {ref.digest.short} ({ref.name or ref.media_type}) of {name.display}"
+    hint = f"`quantmill verify {name.display}` tells what is damaged"
+    try:
+        size = store.blob_size(ref.digest)
+    except NotFound:
+        raise NotFound(f"{shown} is missing", kind="blob_missing", hint=hint) from None
+    if size != ref.size:
+        raise Corrupt(f"{shown} has the wrong size", hint=hint)

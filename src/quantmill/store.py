@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import stat
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,8 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantmill.digests import Digest, parse_digest
-from quantmill.errors import BadName, Busy, Corrupt, NotFound
+from quantmill.errors import BadName, Corrupt, NotFound, StoreError
 from quantmill.files import Disk, translated
+from quantmill.locking import locked
 from quantmill.manifest import MAX_MANIFEST, Manifest, parse_manifest
 from quantmill.names import ModelName, name_from_path
 
@@ -37,8 +37,6 @@ SYNC_THREADS = 8
 
 OWN_FOLDER = ".quantmill"
 """What Ollama has no counterpart of lies here: journals of unfinished work."""
-
-LOCK_FILE = ".quantmill.lock"
 
 
 def default_root(environ: Mapping[str, str]) -> Path:
@@ -91,8 +89,10 @@ class BlobWriter:
 
     def __exit__(self, *_: object) -> None:
         if not self._finished:
-            self._close()
-            self._disk.remove(self._path)
+            with suppress(StoreError):  # why it was left says more than what clearing up met
+                self._close()
+            with suppress(StoreError):
+                self._disk.remove(self._path)
 
     def write(self, data: bytes | memoryview) -> None:
         """Append bytes."""
@@ -151,7 +151,7 @@ class Store:
         """Free space where the store is, or will be; None where that cannot be told."""
         for folder in (self.root, *self.root.absolute().parents):
             if folder.is_dir():
-                return shutil.disk_usage(folder).free
+                return self.disk.free(folder)
         return None
 
     # -- blobs -------------------------------------------------------------------------------------
@@ -168,24 +168,39 @@ class Store:
         """Make complete blobs durable and give them their names; returns how many were new.
 
         All are synced first, then renamed, then the folder is synced once. A blob that is there
-        already is kept and touched, so that a collector with an age limit spares it; one whose
-        bytes are not what its name says is replaced.
+        already is kept as `keep` does; one whose bytes are not what its name says is replaced.
         """
         new: dict[Digest, Pending] = {}
+        held: dict[Digest, Pending] = {}
         for blob in pending:
-            if blob.digest in new:
+            if blob.digest in new or blob.digest in held:
                 self.disk.remove(blob.path)
             elif self.holds(blob.digest, blob.size):
-                self.touch_blob(blob.digest)
-                self.disk.remove(blob.path)
+                held[blob.digest] = blob
             else:
                 new[blob.digest] = blob
         self._sync_all([blob.path for blob in new.values()])
         for blob in new.values():
             self.disk.rename(blob.path, self.blob_path(blob.digest))
-        if new:
+        if new and not held:
             self.disk.sync_folder(self.blobs)
+        self.keep(held)
+        for blob in held.values():
+            self.disk.remove(blob.path)
         return len(new)
+
+    def keep(self, digests: Iterable[Digest]) -> None:
+        """Make blobs that are there durable, and set their times to now.
+
+        Whoever wrote them, Ollama or a command that was killed, may not have synced file or folder.
+        The new time lets collectors with an age limit spare them.
+        """
+        paths = [self.blob_path(digest) for digest in digests]
+        for path in paths:
+            self.disk.touch(path)
+        if paths:
+            self._sync_all(paths)
+            self.disk.sync_folder(self.blobs)
 
     def _sync_all(self, paths: list[Path]) -> None:
         """Sync files, several at once: the file system commits them together."""
@@ -209,14 +224,17 @@ class Store:
         except (OSError, NotFound):
             return False
 
-    def touch_blob(self, digest: Digest) -> None:
-        """Set a blob's time to now, so that a collector with an age limit spares it."""
-        self.disk.touch(self.blob_path(digest))
+    def refresh(self, digests: Iterable[Digest]) -> None:
+        """Set blobs' times to now, where they are: collectors with an age limit spare them."""
+        for digest in digests:
+            with suppress(NotFound):
+                self.disk.touch(self.blob_path(digest))
 
     def discard(self, pending: Iterable[Pending]) -> None:
-        """Remove complete blobs that will not be committed."""
+        """Remove complete blobs that will not be committed, as far as they can be removed."""
         for blob in pending:
-            self.disk.remove(blob.path)
+            with suppress(StoreError):  # the error that led here is the one to tell
+                self.disk.remove(blob.path)
 
     def blob_size(self, digest: Digest) -> int:
         """Size of a blob in bytes; raises NotFound."""
@@ -282,6 +300,20 @@ class Store:
         """Remove a blob; one that is gone already is no error."""
         self.disk.remove(self.blob_path(digest))
 
+    def remove_if_old(self, file: BlobFile, older_than: float) -> bool:
+        """Remove a file unless it is younger by now, or gone; whether it was removed.
+
+        Who takes an unreferenced blob into use sets its time first: then it stays.
+        """
+        try:
+            modified = file.path.lstat().st_mtime
+        except OSError:
+            return False
+        if max(0.0, time.time() - modified) < older_than:
+            return False
+        self.disk.remove(file.path)
+        return True
+
     def list_blobs(self) -> list[BlobFile]:
         """Every regular file in the blobs folder, in name order."""
         now, found = time.time(), []
@@ -329,7 +361,10 @@ class Store:
             raise Corrupt(f"manifest of {shown}: {error.strerror}") from None
 
     def put_manifest(self, name: ModelName, raw: bytes) -> None:
-        """Point a name to a manifest, durably and at once."""
+        """Point a name to a manifest, durably and at once. The blobs it names are durable by now.
+
+        The folders on the way are synced too: a command that was killed may have made them.
+        """
         target = self.manifest_path(name)
         path, fd = self.disk.create(target.parent, TEMP_MANIFEST)
         try:
@@ -338,9 +373,12 @@ class Store:
             finally:
                 self.disk.close(fd, path)
             self.disk.sync(path)
+            for folder in (self.root, self.manifests, *reversed(target.parent.parents[:2])):
+                self.disk.sync_folder(folder)
             self.disk.rename(path, target)
         except BaseException:
-            self.disk.remove(path)
+            with suppress(StoreError):
+                self.disk.remove(path)
             raise
         self.disk.sync_folder(target.parent)
 
@@ -354,6 +392,16 @@ class Store:
         for folder in list(path.parents)[:3]:
             if not self.disk.remove_folder(folder):
                 break
+
+    def settle_names(self) -> None:
+        """Make durable what was done to names, by whomever: then blobs may go that none names.
+
+        A removal that was not synced may be undone by a power cut; the name would then be back.
+        """
+        for level in reversed(self._manifest_folders()):
+            for folder in level:
+                with suppress(NotFound):  # gone, or none has been made yet
+                    self.disk.sync_folder(folder)
 
     def list_names(self) -> list[StoredName]:
         """Every name with a manifest, sorted; hidden and malformed names are passed over.
@@ -371,17 +419,23 @@ class Store:
                 found.append(StoredName(name, path, path.stat().st_mtime))
         return sorted(found, key=lambda s: s.name.parts)
 
+    def _manifest_folders(self) -> list[list[Path]]:
+        """The folders that lead to manifests, level by level."""
+        levels = [[self.manifests]]
+        for _ in range(3):
+            levels.append(
+                [
+                    Path(entry.path)
+                    for folder in levels[-1]
+                    for entry in _scan(folder)
+                    if _leads_to(entry, os.DirEntry.is_dir)
+                ]
+            )
+        return levels
+
     def _manifest_files(self) -> Iterator[Path]:
         """Files four levels down."""
-        folders = [self.manifests]
-        for _ in range(3):
-            folders = [
-                Path(entry.path)
-                for folder in folders
-                for entry in _scan(folder)
-                if _leads_to(entry, os.DirEntry.is_dir)
-            ]
-        for folder in folders:
+        for folder in self._manifest_folders()[-1]:
             for entry in _scan(folder):
                 if _leads_to(entry, os.DirEntry.is_file):
                     yield Path(entry.path)
@@ -410,36 +464,14 @@ class Store:
     @contextmanager
     def writing(self) -> Iterator[None]:
         """Hold off removal while blobs are written that no manifest names yet."""
-        with self._locked(exclusive=False):
+        with locked(self.disk, self.root, exclusive=False):
             yield
 
     @contextmanager
     def removing(self) -> Iterator[None]:
         """Be alone while blobs are removed; raises Busy when another process writes."""
-        with self._locked(exclusive=True):
+        with locked(self.disk, self.root, exclusive=True):
             yield
-
-    @contextmanager
-    def _locked(self, *, exclusive: bool) -> Iterator[None]:
-        import fcntl
-
-        self.disk.make_folder(self.root)
-        path = self.root / LOCK_FILE
-        with translated(path):
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            kind = fcntl.LOCK_EX | fcntl.LOCK_NB if exclusive else fcntl.LOCK_SH
-            with translated(path):
-                try:
-                    fcntl.flock(fd, kind)
-                except BlockingIOError:
-                    raise Busy(
-                        f"another process is writing to {self.root}",
-                        hint="wait until it has finished, then run the command again",
-                    ) from None
-            yield
-        finally:
-            os.close(fd)  # lets the lock go
 
 
 def _no_model(shown: str) -> NotFound:

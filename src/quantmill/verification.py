@@ -6,13 +6,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from quantmill import mediatypes, strictjson
 from quantmill.digests import Digest
 from quantmill.errors import BadTensorFile, Corrupt, NotFound, QuantmillError
 from quantmill.manifest import BlobRef
-from quantmill.names import ModelName, as_names
+from quantmill.names import ModelName, as_name, as_names
 from quantmill.pacing import default_workers
 from quantmill.store import Store
 from quantmill.stored import LEGACY_KEY, StoredTensor, describe_blob
@@ -85,8 +85,24 @@ def verify(
             work.damage += damage
             if progress:
                 progress(nbytes, total)
-    found = tuple(sorted(work.damage, key=lambda d: (d.models, d.message)))
+    damage = [again for one in work.damage if (again := _unless_changed(store, one, work))]
+    found = tuple(sorted(damage, key=lambda d: (d.models, d.message)))
     return Verified(len(chosen), len(work.refs), nbytes, found)
+
+
+def _unless_changed(store: Store, damage: Damage, work: _Work) -> Damage | None:
+    """What is left of a finding after manifests were replaced or removed while all was read."""
+    if damage.kind != "blob_missing" or damage.digest is None:
+        return damage
+    if not work.refs[damage.digest]:
+        return None  # unreferenced, and removed by others meanwhile
+    models = []
+    for name in damage.models:
+        with suppress(NotFound, Corrupt):
+            refs = store.get_manifest(as_name(name)).all_refs()
+            if damage.digest in {ref.digest for ref in refs}:
+                models.append(name)
+    return replace(damage, models=tuple(models)) if models else None
 
 
 def _collect(store: Store, name: ModelName, work: _Work, *, strict: bool) -> None:
