@@ -171,6 +171,9 @@ ComponentOption = Annotated[
         help="One part of a model: text_encoder, transformer, vae, draft.",
     ),
 ]
+InsecureOption = Annotated[
+    bool, typer.Option("--insecure", help="Allow plain HTTP to a registry across a network.")
+]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", autocompletion=_complete_name)]
 OptionalNameArgument = Annotated[
