@@ -210,7 +210,8 @@ def serve_memory() -> Answer:
             kept[path.replace("uploads/one", digest)] = body
             request.reply(201)
         elif path == "/v2/":
-            request.reply(200, b"{}")
+            asked = {} if "Authorization" in request.headers else {"WWW_Authenticate": "Basic"}
+            request.reply(401 if asked else 200, b"{}", **asked)
         elif path not in kept:
             request.reply(404)
         else:

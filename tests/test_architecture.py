@@ -65,6 +65,7 @@ LAYERS = [
         "moving",
         "pulling",
         "pushing",
+        "loggingin",
         "facts",
         "decode",
         "model",

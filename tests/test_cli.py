@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
@@ -154,6 +155,13 @@ def json_of_all_commands(cli: Run, source: Path, damaged: Path) -> dict[str, Any
     found["cp"] = cli("cp", "m", "m2", "--json").json
     found["rm"] = cli("rm", "m2", "--json").json
     with misbehaving(serve_memory()) as registry:
+        monkeypatch = pytest.MonkeyPatch()
+        monkeypatch.setenv("XDG_CONFIG_HOME", str(source.parent / "config"))
+        monkeypatch.setattr("sys.stdin", io.StringIO("secret\n"))
+        options = ("-u", "alice", "--password-stdin", "--json")
+        found["login"] = cli("login", registry.host, *options).json
+        found["logout"] = cli("logout", registry.host, "--json").json
+        monkeypatch.undo()
         found["push"] = cli("push", "m", f"{registry.host}/a/m", "--json").json
         found["pull"] = cli("pull", f"{registry.host}/a/m", "--json").json
     next(damaged.glob("sha256-*")).unlink()

@@ -430,7 +430,10 @@ def test_a_server_that_repeats_the_password_is_not_quoted(tmp_path: Path) -> Non
         assert login.basic.split()[1] not in shown
 
 
-@pytest.mark.parametrize("location", ["", "file:///etc/passwd", "http://u:p@127.0.0.1/", "//"])
+@pytest.mark.parametrize(
+    "location",
+    ["", "file:///etc/passwd", "http://u:p@127.0.0.1/", "//", "http://[", "http://a..b/\x7f"],
+)
 def test_redirects_that_lead_nowhere_are_refused(location: str, tmp_path: Path) -> None:
     """Only HTTP addresses without a password in them are followed."""
     answer = serve_model(MANIFEST, BLOBS, lambda r: r.reply(302, Location=location))

@@ -92,7 +92,10 @@ def is_public(address: str) -> bool:
 def redirect_target(url: str, location: str | None) -> str:
     """The URL that an answer to `url` leads to; raises RegistryError for one not to be followed."""
     origin = origin_of(url)
-    target = urljoin(url, location) if location else ""
+    try:
+        target = urljoin(url, location) if location else ""
+    except ValueError:
+        target = ""
     found = origin_of(target)
     host = origin.shown if origin else "the registry"
     if found is None or origin is None or not target.isprintable() or " " in target:

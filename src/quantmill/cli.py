@@ -390,6 +390,8 @@ app.command("run")(conversation.run_model)
 app.command()(conversation.serve)
 app.command()(sharing.pull)
 app.command()(sharing.push)
+app.command()(sharing.login)
+app.command()(sharing.logout)
 
 
 @app.command()

@@ -130,6 +130,12 @@ class Registry:
         """The manifest's bytes; raises RegistryError, of kind not_found where there is none."""
         return self.patiently(lambda: self._manifest(tag))
 
+    def check_login(self) -> None:
+        """Ask for nothing but access; raises RegistryError where the login is not accepted."""
+        with self.exchange("GET", f"{self.origin}/v2/", "access"):
+            if not self._tokens.known:
+                raise self.error("asks for no login", "no_login_needed")
+
     def _manifest(self, tag: str) -> bytes:
         accept = {"Accept": f"{mediatypes.MANIFEST}, {mediatypes.OCI_MANIFEST}"}
         what = f"{self.repository}:{tag}"
@@ -211,12 +217,12 @@ class Registry:
         known = self._tokens.header() if origin_of(url) == self.origin else None
         if known is not None:
             headers["Authorization"] = known
-        request = self._client.build_request(
-            method, url, headers=headers, content=content() if content else None
-        )
         try:
+            request = self._client.build_request(
+                method, url, headers=headers, content=content() if content else None
+            )
             answer = self._client.send(request, stream=True, auth=None)
-        except (httpx2.TransportError, httpx2.InvalidURL, OSError) as error:
+        except (httpx2.TransportError, httpx2.InvalidURL, UnicodeError, OSError) as error:
             raise self._failure(error, url, what) from None
         connection = _socket(answer)
         with self._lock:
@@ -282,6 +288,8 @@ class Registry:
             return Cancelled()
         target = origin_of(url)
         host = target.shown if target else self.origin.shown
+        if isinstance(error, httpx2.InvalidURL | httpx2.UnsupportedProtocol | UnicodeError):
+            return self.error("answers with an address that makes no sense", "bad_redirect")
         cause = _system_cause(error)
         if isinstance(cause, ssl.SSLError):
             reason = getattr(cause, "verify_message", None) or cause.reason or "TLS failed"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,6 +11,7 @@ import typer
 
 from quantmill import terminal
 from quantmill.arguments import (
+    HostArgument,
     InsecureOption,
     JsonOption,
     NameArgument,
@@ -18,6 +20,7 @@ from quantmill.arguments import (
 )
 
 if TYPE_CHECKING:
+    from quantmill.credentials import Login
     from quantmill.moving import Moving
     from quantmill.store import Store
 
@@ -82,3 +85,56 @@ def push(
         terminal.print_json(report.pushed_json(done))
     elif not quiet:
         terminal.print_lines(report.pushed_lines(done, time.monotonic() - started))
+
+
+def login(
+    host: HostArgument = None,
+    username: Annotated[
+        str | None, typer.Option("--username", "-u", help="Asked for where it is not given.")
+    ] = None,
+    password_stdin: Annotated[
+        bool, typer.Option("--password-stdin", help="Read the password or token from stdin.")
+    ] = False,
+    insecure: InsecureOption = False,
+    json_output: JsonOption = False,
+) -> None:
+    """Check a user's password or token with a registry and keep it for push and pull."""
+    from quantmill import loggingin
+
+    where = loggingin.login(host, _asked_for(username, password_stdin), insecure=insecure)
+    if json_output:
+        terminal.print_json({"host": where.host, "kept_in": where.kept_in})
+    else:
+        terminal.print_lines([f"logged in to {where.host}; kept in {where.kept_in}"])
+
+
+def _asked_for(username: str | None, password_stdin: bool) -> Login:
+    from quantmill.credentials import Login
+    from quantmill.errors import BadRequest
+
+    if password_stdin:
+        if username is None:
+            raise BadRequest("--password-stdin needs --username")
+        password = sys.stdin.readline().rstrip("\r\n")
+    elif sys.stdin.isatty():
+        username = username or typer.prompt("Username", err=True)
+        password = typer.prompt("Password or token", hide_input=True, err=True)
+    else:
+        raise BadRequest(
+            "there is no terminal to ask for the password",
+            hint="--username USER --password-stdin reads it from stdin",
+        )
+    return Login(str(username), password)
+
+
+def logout(host: HostArgument = None, json_output: JsonOption = False) -> None:
+    """Forget the login of a registry that `quantmill login` kept."""
+    from quantmill import loggingin
+
+    host, known = loggingin.logout(host)
+    if json_output:
+        terminal.print_json({"host": host, "removed": known})
+    elif known:
+        terminal.print_lines([f"logged out of {host}"])
+    else:
+        terminal.print_lines([f"quantmill keeps no login for {host}"])
