@@ -19,7 +19,8 @@ MODULES = {p.stem: ast.parse(p.read_text(encoding="utf-8")) for p in SOURCE.glob
 LAYERS = [
     {"errors", "digests", "names", "formats", "strictjson", "mediatypes", "version"},
     {"tensorfile", "ggufheader", "source", "plans", "manifest", "modelfile"},
-    {"experts", "stacks", "classify", "policy", "planner", "modelconfig", "stored"}
+    {"spans", "challenges", "addresses"}
+    | {"experts", "stacks", "classify", "policy", "planner", "modelconfig", "stored"}
     | {"coded", "floatcodes", "integercodes", "schemes", "prequantized", "hubfiles"}
     | {"pipelines", "adapters"}
     | {"ggufnames", "ggufconfig", "gguftokenizer", "ggufcodes"}
@@ -49,6 +50,11 @@ LAYERS = [
         "merging",
         "adaptersource",
         "hub",
+        "patience",
+        "credentials",
+        "registry",
+        "registrytokens",
+        "partials",
         "blas",
         "environment",
     },
@@ -58,6 +64,10 @@ LAYERS = [
         "creation",
         "verification",
         "pruning",
+        "moving",
+        "pulling",
+        "pushing",
+        "loggingin",
         "facts",
         "decode",
         "model",
@@ -67,7 +77,7 @@ LAYERS = [
         "generate",
         "export",
     },
-    {"report", "planreport", "terminal", "arguments", "conversation", "cli"},
+    {"report", "planreport", "terminal", "arguments", "conversation", "sharing", "cli"},
 ]
 OUTSIDE_WORLD = {
     "os",
@@ -172,10 +182,10 @@ def test_unknown_names_are_an_attribute_error() -> None:
 
 
 def test_help_loads_nothing_heavy() -> None:
-    """`quantmill --help` and `list` import neither NumPy nor MLX."""
+    """`quantmill --help` and `list` import neither NumPy nor MLX nor an HTTP client."""
     program = (
         "import sys; from quantmill.cli import run; run(sys.argv[1:]);"
-        "print([m for m in ('numpy', 'mlx', 'rich') if m in sys.modules])"
+        "print([m for m in ('numpy', 'mlx', 'rich', 'httpx2') if m in sys.modules])"
     )
     for arguments in (["--help"], ["list", "--store", "absent"]):
         done = subprocess.run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
@@ -18,6 +19,7 @@ import quantmill.errors
 from checkpoints import SMALL, fixture, write_checkpoint
 from quantmill.cli import app, run
 from quantmill.errors import QuantmillError
+from registries import misbehaving, serve_memory
 
 Run = Callable[..., "Outcome"]
 
@@ -152,6 +154,16 @@ def json_of_all_commands(cli: Run, source: Path, damaged: Path) -> dict[str, Any
     found["show"] = cli("show", "m", "--tensors", "--json").json
     found["cp"] = cli("cp", "m", "m2", "--json").json
     found["rm"] = cli("rm", "m2", "--json").json
+    with misbehaving(serve_memory()) as registry:
+        monkeypatch = pytest.MonkeyPatch()
+        monkeypatch.setenv("XDG_CONFIG_HOME", str(source.parent / "config"))
+        monkeypatch.setattr("sys.stdin", io.StringIO("secret\n"))
+        options = ("-u", "alice", "--password-stdin", "--json")
+        found["login"] = cli("login", registry.host, *options).json
+        found["logout"] = cli("logout", registry.host, "--json").json
+        monkeypatch.undo()
+        found["push"] = cli("push", "m", f"{registry.host}/a/m", "--json").json
+        found["pull"] = cli("pull", f"{registry.host}/a/m", "--json").json
     next(damaged.glob("sha256-*")).unlink()
     found["verify"] = cli("verify", "--json").json
     found["prune"] = cli("prune", "--json").json

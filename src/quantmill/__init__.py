@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from quantmill.planner import parse_override
     from quantmill.plans import Options, Plan, plan_from_json, plan_to_json
     from quantmill.pruning import copy, plan_prune, prune, remove
+    from quantmill.pulling import pull
+    from quantmill.pushing import push
     from quantmill.store import Store
     from quantmill.verification import verify
 
@@ -52,6 +54,8 @@ _HOMES = {
     "plan_prune": "pruning",
     "plan_to_json": "plans",
     "prune": "pruning",
+    "pull": "pulling",
+    "push": "pushing",
     "remove": "pruning",
     "show": "facts",
     "verify": "verification",
@@ -81,6 +85,8 @@ __all__ = [
     "plan_prune",
     "plan_to_json",
     "prune",
+    "pull",
+    "push",
     "remove",
     "show",
     "verify",

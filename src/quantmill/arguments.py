@@ -171,6 +171,12 @@ ComponentOption = Annotated[
         help="One part of a model: text_encoder, transformer, vae, draft.",
     ),
 ]
+InsecureOption = Annotated[
+    bool, typer.Option("--insecure", help="Allow plain HTTP to a registry across a network.")
+]
+HostArgument = Annotated[
+    str | None, typer.Argument(metavar="[HOST]", help="A registry, registry.ollama.ai by default.")
+]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", autocompletion=_complete_name)]
 OptionalNameArgument = Annotated[

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from quantmill import conversation, terminal
+from quantmill import conversation, sharing, terminal
 from quantmill.arguments import (
     SOURCE_HELP,
     ComponentOption,
@@ -388,6 +388,10 @@ def _root(
 
 app.command("run")(conversation.run_model)
 app.command()(conversation.serve)
+app.command()(sharing.pull)
+app.command()(sharing.push)
+app.command()(sharing.login)
+app.command()(sharing.logout)
 
 
 @app.command()

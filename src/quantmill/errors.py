@@ -9,6 +9,7 @@
     │   └─ BadWeights         exit 3   weight values that no format can hold (NaN, infinity)
     ├─ BadPlan                exit 3   request, source and format do not fit together
     ├─ OverBudget             exit 4   the memory budget is too small
+    ├─ RegistryError          exit 1   a registry refuses, lies or cannot be reached
     └─ StoreError             exit 1   the store cannot do what was asked
         ├─ NotFound           exit 1   no such model or blob
         ├─ Corrupt            exit 1   bytes do not match their digest or their description
@@ -89,6 +90,12 @@ class OverBudget(QuantmillError):
 
     exit_code = 4
     default_kind = "over_budget"
+
+
+class RegistryError(QuantmillError):
+    """A registry that refuses, lies or cannot be reached."""
+
+    default_kind = "registry"
 
 
 class StoreError(QuantmillError):

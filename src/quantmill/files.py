@@ -45,6 +45,14 @@ class Disk:
         with translated(folder):
             return shutil.disk_usage(folder).free
 
+    def open(self, folder: Path, name: str) -> tuple[Path, int]:
+        """A file of this name, created where it is absent, for reading and writing."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        self.make_folder(folder)
+        path = folder / name
+        with translated(path):
+            return path, os.open(path, flags, FILE_MODE)
+
     def write(self, fd: int, data: memoryview, offset: int, path: Path) -> None:
         """Write all of `data` from `offset` on."""
         with translated(path):

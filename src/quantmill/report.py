@@ -13,6 +13,8 @@ if TYPE_CHECKING:  # values only: a report needs none of the machinery that make
     from quantmill.generate import Piece
     from quantmill.kernels import Kernels
     from quantmill.pruning import PrunePlan, Removed
+    from quantmill.pulling import Pulled
+    from quantmill.pushing import Pushed
     from quantmill.store import BlobFile
     from quantmill.stored import StoredTensor
     from quantmill.verification import Verified
@@ -296,6 +298,52 @@ def kernel_rows(found: Sequence[Kernels]) -> list[Row]:
     """The same for people."""
     words = {True: "yes", False: "no"}
     return [(k.name, words[k.supported], "yes" if k.used else "", k.what) for k in found]
+
+
+def pulled_json(pulled: Pulled) -> dict[str, Any]:
+    """What `pull` did."""
+    return {
+        "name": pulled.name.display,
+        "digest": str(pulled.digest),
+        "size": pulled.size,
+        "blobs": pulled.blobs,
+        "fetched_blobs": pulled.fetched,
+        "fetched_bytes": pulled.fetched_bytes,
+        "resumed_bytes": pulled.resumed,
+    }
+
+
+def pulled_lines(pulled: Pulled, seconds: float) -> list[str]:
+    """What `pull` did, for people."""
+    moved = f"{pulled.fetched} of {plural(pulled.blobs, 'blob')} fetched"
+    amount = f"{bytes_text(pulled.fetched_bytes)} of {bytes_text(pulled.size)}"
+    return [
+        f"pulled {pulled.name.display}: {moved}, {amount}, {seconds:.1f} s",
+        f"manifest {pulled.digest.short}",
+    ]
+
+
+def pushed_json(pushed: Pushed) -> dict[str, Any]:
+    """What `push` did."""
+    return {
+        "name": str(pushed.name),
+        "digest": str(pushed.digest),
+        "size": pushed.size,
+        "blobs": pushed.blobs,
+        "sent_blobs": pushed.sent,
+        "sent_bytes": pushed.sent_bytes,
+        "mounted_blobs": pushed.mounted,
+    }
+
+
+def pushed_lines(pushed: Pushed, seconds: float) -> list[str]:
+    """What `push` did, for people."""
+    moved = f"{pushed.sent} of {plural(pushed.blobs, 'blob')} sent, {pushed.mounted} mounted"
+    amount = f"{bytes_text(pushed.sent_bytes)} of {bytes_text(pushed.size)}"
+    return [
+        f"pushed {pushed.name}: {moved}, {amount}, {seconds:.1f} s",
+        f"manifest {pushed.digest.short}",
+    ]
 
 
 def removed_json(removed: Removed) -> dict[str, Any]:

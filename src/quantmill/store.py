@@ -36,7 +36,7 @@ SYNC_THREADS = 8
 """Files synced at once: on ext4 that takes a third of the time of one after the other."""
 
 OWN_FOLDER = ".quantmill"
-"""What Ollama has no counterpart of lies here: journals of unfinished work."""
+"""What Ollama has no counterpart of lies here: notes on unfinished work, blobs half fetched."""
 
 
 def default_root(environ: Mapping[str, str]) -> Path:
@@ -179,6 +179,8 @@ class Store:
                 held[blob.digest] = blob
             else:
                 new[blob.digest] = blob
+        if new:
+            self.disk.make_folder(self.blobs)
         self._sync_all([blob.path for blob in new.values()])
         for blob in new.values():
             self.disk.rename(blob.path, self.blob_path(blob.digest))
@@ -445,13 +447,18 @@ class Store:
         """Folder of the notes on finished blobs (journal.py)."""
         return self.root / OWN_FOLDER / "journals"
 
+    @property
+    def partials(self) -> Path:
+        """Folder of blobs that are being fetched (partials.py)."""
+        return self.root / OWN_FOLDER / "partial"
+
     def stale_files(self) -> list[BlobFile]:
-        """Temporary files that an interrupted `put_manifest` left, and journals."""
+        """Temporary files that an interrupted `put_manifest` left, journals, blobs half fetched."""
         now = time.time()
         found = []
         unnamed = [p for p in self._manifest_files() if p.name.startswith(TEMP_MANIFEST)]
-        journals = [Path(entry.path) for entry in _scan(self.journals)]
-        for path in (*unnamed, *journals):
+        own = [Path(e.path) for folder in (self.journals, self.partials) for e in _scan(folder)]
+        for path in (*unnamed, *own):
             if path.is_file():
                 with suppress(FileNotFoundError):  # renamed or removed since the folder was read
                     info = path.stat()

@@ -1,0 +1,140 @@
+"""The commands that talk to registries."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from quantmill import terminal
+from quantmill.arguments import (
+    HostArgument,
+    InsecureOption,
+    JsonOption,
+    NameArgument,
+    QuietOption,
+    StoreOption,
+)
+
+if TYPE_CHECKING:
+    from quantmill.credentials import Login
+    from quantmill.moving import Moving
+    from quantmill.store import Store
+
+
+def _store(path: Path | None) -> Store:
+    from quantmill.store import Store
+
+    return Store(path)
+
+
+def _label(verb: str, event: Moving) -> str:
+    return f"{verb} {event.digest.short}, {event.blobs}/{event.blobs_total} blobs"
+
+
+def pull(
+    name: Annotated[str, typer.Argument(metavar="NAME")],
+    insecure: InsecureOption = False,
+    store: StoreOption = None,
+    json_output: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Fetch a model from a registry; what the store holds already is not fetched again."""
+    from quantmill import pulling, report
+
+    started = time.monotonic()
+    with terminal.progress(not quiet and not json_output) as bar:
+        done = pulling.pull(
+            name,
+            store=_store(store),
+            insecure=insecure,
+            progress=bar and (lambda e: bar(e.bytes, e.bytes_total, _label("fetching", e))),
+        )
+    if json_output:
+        terminal.print_json(report.pulled_json(done))
+    elif not quiet:
+        terminal.print_lines(report.pulled_lines(done, time.monotonic() - started))
+
+
+def push(
+    name: NameArgument,
+    target: Annotated[
+        str | None, typer.Argument(metavar="[AS]", help="Name in the registry, if another.")
+    ] = None,
+    insecure: InsecureOption = False,
+    store: StoreOption = None,
+    json_output: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Send a model to a registry; what the registry holds already is not sent again."""
+    from quantmill import pushing, report
+
+    started = time.monotonic()
+    with terminal.progress(not quiet and not json_output) as bar:
+        done = pushing.push(
+            name,
+            target,
+            store=_store(store),
+            insecure=insecure,
+            progress=bar and (lambda e: bar(e.bytes, e.bytes_total, _label("sending", e))),
+        )
+    if json_output:
+        terminal.print_json(report.pushed_json(done))
+    elif not quiet:
+        terminal.print_lines(report.pushed_lines(done, time.monotonic() - started))
+
+
+def login(
+    host: HostArgument = None,
+    username: Annotated[
+        str | None, typer.Option("--username", "-u", help="Asked for where it is not given.")
+    ] = None,
+    password_stdin: Annotated[
+        bool, typer.Option("--password-stdin", help="Read the password or token from stdin.")
+    ] = False,
+    insecure: InsecureOption = False,
+    json_output: JsonOption = False,
+) -> None:
+    """Check a user's password or token with a registry and keep it for push and pull."""
+    from quantmill import loggingin
+
+    where = loggingin.login(host, _asked_for(username, password_stdin), insecure=insecure)
+    if json_output:
+        terminal.print_json({"host": where.host, "kept_in": where.kept_in})
+    else:
+        terminal.print_lines([f"logged in to {where.host}; kept in {where.kept_in}"])
+
+
+def _asked_for(username: str | None, password_stdin: bool) -> Login:
+    from quantmill.credentials import Login
+    from quantmill.errors import BadRequest
+
+    if password_stdin:
+        if username is None:
+            raise BadRequest("--password-stdin needs --username")
+        password = sys.stdin.readline().rstrip("\r\n")
+    elif sys.stdin.isatty():
+        username = username or typer.prompt("Username", err=True)
+        password = typer.prompt("Password or token", hide_input=True, err=True)
+    else:
+        raise BadRequest(
+            "there is no terminal to ask for the password",
+            hint="--username USER --password-stdin reads it from stdin",
+        )
+    return Login(str(username), password)
+
+
+def logout(host: HostArgument = None, json_output: JsonOption = False) -> None:
+    """Forget the login of a registry that `quantmill login` kept."""
+    from quantmill import loggingin
+
+    host, known = loggingin.logout(host)
+    if json_output:
+        terminal.print_json({"host": host, "removed": known})
+    elif known:
+        terminal.print_lines([f"logged out of {host}"])
+    else:
+        terminal.print_lines([f"quantmill keeps no login for {host}"])
