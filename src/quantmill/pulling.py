@@ -178,12 +178,12 @@ def _lacking(store: Store, refs: list[BlobRef], meter: Meter) -> list[BlobRef]:
     def look(ref: BlobRef) -> bool:
         held = store.holds(ref.digest, ref.size)
         if held:
-            store.touch_blob(ref.digest)
             meter.finished(ref.digest)
         return held
 
     with ThreadPoolExecutor(default_workers(), "look") as pool:
         held = list(pool.map(look, refs))
+    store.keep(ref.digest for ref, there in zip(refs, held, strict=True) if there)
     lacking = [ref for ref, there in zip(refs, held, strict=True) if not there]
     return sorted(lacking, key=lambda ref: (-ref.size, ref.digest))
 
