@@ -57,6 +57,8 @@ LAYERS = [
         "drafts",
         "creation",
         "verification",
+        "repairing",
+        "rebuilding",
         "pruning",
         "facts",
         "decode",
@@ -67,7 +69,7 @@ LAYERS = [
         "generate",
         "export",
     },
-    {"report", "planreport", "terminal", "arguments", "conversation", "cli"},
+    {"report", "planreport", "terminal", "arguments", "conversation", "upkeep", "cli"},
 ]
 OUTSIDE_WORLD = {
     "os",

@@ -104,7 +104,7 @@ def test_what_is_there_already_needs_no_space(tmp_path: Path, source: Path) -> N
     assert make(root, source, SmallDisk(root, 1_000_000))[0] > 0
     assert make(root, source, SmallDisk(root, 1_100_000), "second") == (len(LAYERS), 0)
     prune(Store(root), 0)  # the notes go, the models stay
-    assert make(root, source, SmallDisk(root, 1_100_000), "third") == (0, 0)
+    assert make(root, source, SmallDisk(root, LARGE, 100_000), "third") == (0, 0)
 
 
 @pytest.fixture
