@@ -63,6 +63,8 @@ LAYERS = [
         "drafts",
         "creation",
         "verification",
+        "repairing",
+        "rebuilding",
         "pruning",
         "moving",
         "pulling",
@@ -77,7 +79,7 @@ LAYERS = [
         "generate",
         "export",
     },
-    {"report", "planreport", "terminal", "arguments", "conversation", "sharing", "cli"},
+    {"report", "planreport", "terminal", "arguments", "conversation", "sharing", "upkeep", "cli"},
 ]
 OUTSIDE_WORLD = {
     "os",

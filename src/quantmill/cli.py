@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from quantmill import conversation, sharing, terminal
+from quantmill import conversation, sharing, terminal, upkeep
 from quantmill.arguments import (
     SOURCE_HELP,
     ComponentOption,
@@ -30,9 +30,7 @@ from quantmill.arguments import (
     MemoryOption,
     ModelfileOption,
     NameArgument,
-    NamesArgument,
     NonFiniteOption,
-    OptionalNameArgument,
     Profile,
     ProfileOption,
     QuantizeOption,
@@ -57,7 +55,6 @@ if TYPE_CHECKING:
     from quantmill.plans import Options
     from quantmill.store import Store
 
-EXIT_DAMAGE = 1
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
 
@@ -288,87 +285,10 @@ def show(
         terminal.print_table(report.TENSOR_COLUMNS, report.tensor_rows(found))
 
 
-@app.command()
-def verify(
-    name: OptionalNameArgument = None,
-    workers: WorkersOption = None,
-    store: StoreOption = None,
-    json_output: JsonOption = False,
-) -> None:
-    """Recompute every digest, header and relation of one model, or of the whole store.
-
-    Exit code 1 when something is damaged.
-    """
-    from quantmill import report, verification
-
-    names = None if name is None else [_name(name)]
-    with terminal.progress(not json_output) as bar:
-        found = verification.verify(
-            _store(store),
-            names,
-            bar and (lambda done, total: bar(done, total, "verifying")),
-            workers=workers,
-        )
-    if json_output:
-        terminal.print_json(report.verified_json(found))
-    else:
-        terminal.print_lines(report.verified_lines(found))
-    if found.damage:
-        raise typer.Exit(EXIT_DAMAGE)
-
-
-@app.command("cp")
-def copy(
-    source: NameArgument,
-    target: Annotated[str, typer.Argument(metavar="NEW")],
-    store: StoreOption = None,
-    json_output: JsonOption = False,
-) -> None:
-    """Give a model a second name; no data is copied."""
-    from quantmill import pruning
-
-    old, new = _name(source), _name(target)
-    pruning.copy(_store(store), old, new)
-    if json_output:
-        terminal.print_json({"source": old.display, "target": new.display})
-    else:
-        terminal.print_lines([f"copied {old.display} to {new.display}"])
-
-
-@app.command("rm")
-def remove(
-    names: NamesArgument,
-    store: StoreOption = None,
-    json_output: JsonOption = False,
-) -> None:
-    """Remove models, and blobs that nothing else uses."""
-    from quantmill import pruning, report
-
-    removed = pruning.remove(_store(store), [_name(name) for name in names])
-    if json_output:
-        terminal.print_json(report.removed_json(removed))
-    else:
-        terminal.print_lines(report.removed_lines(removed))
-
-
-@app.command()
-def prune(
-    older_than: Annotated[
-        float, typer.Option(min=0, metavar="SECONDS", help="Spare younger files.")
-    ] = 3600.0,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show, remove nothing.")] = False,
-    store: StoreOption = None,
-    json_output: JsonOption = False,
-) -> None:
-    """Remove blobs that no model names, and what interrupted commands left."""
-    from quantmill import pruning, report
-
-    act = pruning.plan_prune if dry_run else pruning.prune
-    done = act(_store(store), older_than)
-    if json_output:
-        terminal.print_json(report.prune_json(done, dry_run=dry_run))
-    else:
-        terminal.print_lines(report.prune_lines(done, dry_run=dry_run))
+app.command()(upkeep.verify)
+app.command("cp")(upkeep.copy)
+app.command("rm")(upkeep.remove)
+app.command()(upkeep.prune)
 
 
 def _version(wanted: bool) -> None:

@@ -197,9 +197,8 @@ def create(
     with _opened(source, draft, merge_lora, base, numbers, follow_links, fetching) as checkpoint:
         found = checkpoint.source
         decided = plan_for(found, request, options)
-        config = mediatypes.CONFIG, None, _config(decided, found, modelfile, base)
         chosen = pace(decided, found.tensors, workers, memory)
-        additions = [config, *_side_files(checkpoint, decided), *_additions(modelfile)]
+        additions = small_blobs(checkpoint, decided, modelfile, base)
         run = partial(write_blobs, pace=chosen, restart=restart, progress=progress)
         with store.writing():
             require_space(store, decided, checkpoint, sum(len(data) for *_, data in additions))
@@ -336,6 +335,14 @@ def _serving(source: Source, modelfile: Modelfile | None) -> modelconfig.Serving
 
 
 _Addition = tuple[str, str | None, bytes]
+
+
+def small_blobs(
+    checkpoint: OpenSource, decided: Plan, modelfile: Modelfile | None, base: Base | None
+) -> list[_Addition]:
+    """Media type, name and bytes of what is stored beside the weights, the config first."""
+    config = mediatypes.CONFIG, None, _config(decided, checkpoint.source, modelfile, base)
+    return [config, *_side_files(checkpoint, decided), *_additions(modelfile)]
 
 
 def _side_files(checkpoint: OpenSource, decided: Plan) -> Iterable[_Addition]:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # values only: a report needs none of the machinery that make
     from quantmill.pruning import PrunePlan, Removed
     from quantmill.pulling import Pulled
     from quantmill.pushing import Pushed
+    from quantmill.repairing import Step
     from quantmill.store import BlobFile
     from quantmill.stored import StoredTensor
     from quantmill.verification import Verified
@@ -204,8 +205,8 @@ def show_rows(facts: ModelFacts) -> list[Row]:
 # -- verify, rm, prune -----------------------------------------------------------------------------
 
 
-def verified_json(found: Verified) -> dict[str, Any]:
-    """The result of `verify`."""
+def verified_json(found: Verified, repaired: Sequence[Step] | None = None) -> dict[str, Any]:
+    """The result of `verify`, and of `--repair` where it was asked for."""
     return {
         "ok": not found.damage,
         "models": found.models,
@@ -220,7 +221,27 @@ def verified_json(found: Verified) -> dict[str, Any]:
             }
             for d in found.damage
         ],
+        "repair": None if repaired is None else [_step_json(step) for step in repaired],
     }
+
+
+def _step_json(step: Step) -> dict[str, Any]:
+    return {
+        "digest": str(step.digest) if step.digest else None,
+        "models": list(step.models),
+        "action": step.action,
+        "detail": step.detail,
+        "done": step.done,
+    }
+
+
+def repair_lines(steps: Iterable[Step], *, planned: bool) -> list[str]:
+    """The steps of a repair for people, before or after they are taken."""
+    lines = []
+    for step in steps:
+        state = "would" if planned else "did" if step.done else "not whole"
+        lines.append(f"{state}: {step.action} {step.detail}: {step.message}")
+    return lines
 
 
 def verified_lines(found: Verified) -> list[str]:

@@ -302,6 +302,20 @@ class Store:
         """Remove a blob; one that is gone already is no error."""
         self.disk.remove(self.blob_path(digest))
 
+    @property
+    def quarantine(self) -> Path:
+        """Folder of files that were found under the name of a blob whose bytes they do not hold."""
+        return self.root / OWN_FOLDER / "quarantine"
+
+    def put_aside(self, digest: Digest) -> Path:
+        """Move a damaged blob to the quarantine; where it is now."""
+        self.disk.make_folder(self.quarantine)
+        target = self.quarantine / f"{digest.file_name}-{os.urandom(4).hex()}"
+        self.disk.rename(self.blob_path(digest), target)
+        self.disk.sync_folder(self.quarantine)
+        self.disk.sync_folder(self.blobs)
+        return target
+
     def remove_if_old(self, file: BlobFile, older_than: float) -> bool:
         """Remove a file unless it is younger by now, or gone; whether it was removed.
 

@@ -1,0 +1,136 @@
+"""The commands that care for a store: `verify`, `cp`, `rm` and `prune`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from quantmill import terminal
+from quantmill.arguments import (
+    JsonOption,
+    NameArgument,
+    NamesArgument,
+    OptionalNameArgument,
+    StoreOption,
+    WorkersOption,
+)
+from quantmill.errors import BadRequest
+
+if TYPE_CHECKING:
+    from quantmill.names import ModelName
+    from quantmill.store import Store
+
+EXIT_DAMAGE = 1
+
+
+def _store(path: Path | None) -> Store:
+    from quantmill.store import Store
+
+    return Store(path)
+
+
+def _name(text: str) -> ModelName:
+    from quantmill.names import parse_name
+
+    return parse_name(text)
+
+
+def verify(
+    name: OptionalNameArgument = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Rebuild damaged blobs, or put them aside.")
+    ] = False,
+    source: Annotated[
+        str | None,
+        typer.Option("--from", metavar="SOURCE", help="What the model was created from."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what --repair would do, change nothing.")
+    ] = False,
+    workers: WorkersOption = None,
+    store: StoreOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Recompute every digest, header and relation of one model, or of the whole store.
+
+    Exit code 1 when something is damaged, and stays so.
+    """
+    from quantmill import rebuilding, repairing, report, verification
+
+    if not repair and (source or dry_run):
+        raise BadRequest("--from and --dry-run belong to --repair", hint="add --repair")
+    names, where = None if name is None else [_name(name)], _store(store)
+    with terminal.progress(not json_output) as bar:
+        found = verification.verify(
+            where,
+            names,
+            bar and (lambda done, total: bar(done, total, "verifying")),
+            workers=workers,
+        )
+    repaired = None
+    if repair:
+        provider = rebuilding.FromSource(source) if source else None
+        planned = repairing.plan_repair(where, found, provider)
+        if not json_output:
+            terminal.print_lines(report.repair_lines(planned, planned=True))
+        repaired = planned if dry_run else repairing.repair(where, planned, provider)
+    if json_output:
+        terminal.print_json(report.verified_json(found, repaired))
+    else:
+        done = report.repair_lines(repaired or (), planned=False) if not dry_run else []
+        terminal.print_lines([*done, *report.verified_lines(found)])
+    if found.damage and not (repaired and all(step.done for step in repaired)):
+        raise typer.Exit(EXIT_DAMAGE)
+
+
+def copy(
+    source: NameArgument,
+    target: Annotated[str, typer.Argument(metavar="NEW")],
+    store: StoreOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Give a model a second name; no data is copied."""
+    from quantmill import pruning
+
+    old, new = _name(source), _name(target)
+    pruning.copy(_store(store), old, new)
+    if json_output:
+        terminal.print_json({"source": old.display, "target": new.display})
+    else:
+        terminal.print_lines([f"copied {old.display} to {new.display}"])
+
+
+def remove(
+    names: NamesArgument,
+    store: StoreOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Remove models, and blobs that nothing else uses."""
+    from quantmill import pruning, report
+
+    removed = pruning.remove(_store(store), [_name(name) for name in names])
+    if json_output:
+        terminal.print_json(report.removed_json(removed))
+    else:
+        terminal.print_lines(report.removed_lines(removed))
+
+
+def prune(
+    older_than: Annotated[
+        float, typer.Option(min=0, metavar="SECONDS", help="Spare younger files.")
+    ] = 3600.0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show, remove nothing.")] = False,
+    store: StoreOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Remove blobs that no model names, and what interrupted commands left."""
+    from quantmill import pruning, report
+
+    act = pruning.plan_prune if dry_run else pruning.prune
+    done = act(_store(store), older_than)
+    if json_output:
+        terminal.print_json(report.prune_json(done, dry_run=dry_run))
+    else:
+        terminal.print_lines(report.prune_lines(done, dry_run=dry_run))
