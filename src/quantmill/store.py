@@ -3,9 +3,8 @@
     <root>/blobs/sha256-<64 hex>
     <root>/manifests/<host>/<namespace>/<model>/<tag>
 
-A blob is written to a temporary file beside its final name, hashed on the way, synced and renamed;
-the manifest that names it follows last, the same way. A reader therefore sees a model whole or not
-at all.
+A blob is written to a temporary file, hashed on the way, synced and renamed; the manifest that
+names it follows last, the same way. A reader sees a model whole or not at all.
 """
 
 from __future__ import annotations
