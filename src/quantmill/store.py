@@ -205,15 +205,13 @@ class Store:
 
     def _sync_all(self, paths: list[Path]) -> None:
         """Sync files, several at once: the file system commits them together."""
-        if len(paths) < 2:
-            for path in paths:
-                self.disk.sync(path)
+        if len(paths) == 1:
+            self.disk.sync(paths[0])
             return
         from concurrent.futures import ThreadPoolExecutor
 
-        with ThreadPoolExecutor(min(SYNC_THREADS, len(paths)), "sync") as pool:
-            for _ in pool.map(self.disk.sync, paths):
-                pass
+        with ThreadPoolExecutor(min(SYNC_THREADS, len(paths) or 1), "sync") as pool:
+            list(pool.map(self.disk.sync, paths))
 
     def holds(self, digest: Digest, size: int) -> bool:
         """Whether a blob is there whole: its size right and its digest recomputed."""
