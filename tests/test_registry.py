@@ -150,8 +150,10 @@ def test_a_pull_goes_on_where_the_registry_died(registry: RealRegistry, tmp_path
 
 
 @pytest.mark.usefixtures("small_parts")
-def test_a_push_goes_on_where_the_registry_died(registry: RealRegistry, tmp_path: Path) -> None:
-    """A registry that comes back gets the rest, and serves the model whole."""
+def test_a_push_ends_well_wherever_the_registry_died(
+    registry: RealRegistry, tmp_path: Path
+) -> None:
+    """Killed in the midst of a part, it may know nothing of the upload: then that starts anew."""
     store, name = Store(tmp_path / "s"), f"{registry.host}/alice/m"
     put_model(store, name, b"{}", LONG)
     died = threading.Event()
@@ -164,6 +166,28 @@ def test_a_push_goes_on_where_the_registry_died(registry: RealRegistry, tmp_path
 
     push(name, store=store, progress=die, patience=PATIENT, find=nobody)
     assert died.is_set()
+    assert pull(name, store=tmp_path / "other", find=nobody).fetched == 2
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_a_push_goes_on_where_the_registry_died(registry: RealRegistry, tmp_path: Path) -> None:
+    """A registry that comes back gets the rest, and serves the model whole."""
+    store, name = Store(tmp_path / "s"), f"{registry.host}/alice/m"
+    put_model(store, name, b"{}", LONG)
+    died, seen = threading.Event(), list[int]()
+
+    def die(event: Moving) -> None:
+        # at the start of a part, which is when the count is told a second time
+        again = event.blob_bytes in seen and event.blob_bytes >= len(LONG) // 2
+        seen.append(event.blob_bytes)
+        if again and not died.is_set():
+            died.set()
+            registry.kill()
+            threading.Timer(0.5, registry.start).start()
+
+    push(name, store=store, progress=die, patience=PATIENT, find=nobody)
+    assert died.is_set()
+    assert registry.requests("POST ") == 2
     assert pull(name, store=tmp_path / "other", find=nobody).fetched == 2
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -349,6 +350,32 @@ def test_bad_manifests_are_refused(manifest: bytes, tmp_path: Path) -> None:
     assert not is_whole_or_absent(Store(tmp_path))
 
 
+def test_a_manifest_keeps_every_byte(tmp_path: Path) -> None:
+    """What Ollama writes (another order, `from`, fields unknown here) is stored as it came."""
+    layers = ",".join(
+        f'{{"size":{len(data)},"from":"a/b","mediaType":"application/vnd.ollama.image.model",'
+        f'"digest":"{digest}","x":1}}'
+        for digest, data in BLOBS.items()
+    )
+    config = layers.partition("},")[0] + "}"
+    raw = f'{{"layers" : [{layers}], "schemaVersion":2,"config":{config}}}'.encode()
+    store = Store(tmp_path)
+    with misbehaving(serve_model(raw, BLOBS)) as server:
+        fetch(server, store)
+        assert store.get_manifest(parse_name(f"{server.host}/a/m")).raw == raw
+
+
+def test_without_the_client_the_error_says_how_to_get_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The HTTP client is an optional part."""
+    monkeypatch.setitem(sys.modules, "httpx2", None)
+    with pytest.raises(BadRequest, match="httpx2") as caught:
+        pull("registry.test/a/m", store=tmp_path, find=nobody)
+    assert caught.value.kind == "missing_extra"
+    assert caught.value.hint == "pip install 'quantmill[registry]'"
+
+
 # -- redirects and logins --------------------------------------------------------------------------
 
 
@@ -428,6 +455,20 @@ def test_a_server_that_repeats_the_password_is_not_quoted(tmp_path: Path) -> Non
         shown = f"{caught.value.message} {caught.value.hint} {login!r}"
         assert "secret" not in shown
         assert login.basic.split()[1] not in shown
+
+
+def test_cookies_are_not_kept(tmp_path: Path) -> None:
+    """What a registry sets is not sent again, to it or to any other port of its host."""
+
+    def answer(request: Handler) -> None:
+        if "/manifests/" in request.path:
+            request.reply(200, MANIFEST, Set_Cookie="session=1; Path=/")
+        else:
+            good(request)
+
+    with misbehaving(answer) as server:
+        fetch(server, tmp_path)
+        assert not any("Cookie" in headers for _, headers in server.seen)
 
 
 @pytest.mark.parametrize(

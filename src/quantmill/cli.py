@@ -415,7 +415,9 @@ def _usage_text(error: typer.TyperException) -> str:
 
 def _stopped(how: str, code: int, arguments: Sequence[str]) -> int:
     left = "finished blobs stay for the next run; `quantmill prune` removes them"
-    error = QuantmillError(how, kind=how, hint=left if "create" in arguments[:1] else None)
+    error = QuantmillError(
+        how, kind=how, hint=left if {"create", "pull"} & {*arguments[:1]} else None
+    )
     error.exit_code = code
     _print_error(error, as_json="--json" in arguments)
     return code

@@ -131,11 +131,16 @@ def _put_manifest(registry: Registry, tag: str, manifest: Manifest) -> None:
 
 @dataclass(slots=True)
 class _Upload:
-    """An upload under way: where the next part goes, how many bytes have arrived."""
+    """An upload under way: where the next part goes, how many bytes have arrived.
+
+    It is not `sure` after a failure, and `resumed` where it went on after one.
+    """
 
     url: str
     at: int
     least: int
+    sure: bool = True
+    resumed: bool = False
 
 
 class _Sending:
@@ -188,24 +193,31 @@ class _Sending:
     def _send(self, ref: BlobRef) -> str:
         """Mount or send a blob; says which."""
         patience = self._registry.patience
-        tries, upload, best = Tries(patience, self._registry.stop), None, 0
+        tries, best = Tries(patience, self._registry.stop), 0
+        upload: _Upload | None = None
         while True:
             try:
+                if upload is not None and not upload.sure:
+                    upload = self._found_again(ref, upload)
                 if upload is None:
                     upload = self._start(ref)
                     if upload is None:
                         return "mounted"
-                    self._meter.set(ref.digest, 0)
+                self._meter.set(ref.digest, upload.at)
+                if upload.at - best >= patience.counts:
+                    best = upload.at
+                    tries.forgive()
                 self._send_rest(ref, upload)
                 return "sent"
             except Temporary as error:
                 tries.failed(error)
-                upload = self._found_again(ref, upload)
-                reached = upload.at if upload else 0
-                self._meter.set(ref.digest, reached)
-                if reached - best >= patience.counts:
-                    best = reached
-                    tries.forgive()
+                if upload is not None:
+                    upload.sure = False
+            except RegistryError as error:
+                # parts that were lost or came twice show in the digest: once more from the start
+                if upload is None or not upload.resumed or error.kind != "refused":
+                    raise
+                upload = None
 
     def _start(self, ref: BlobRef) -> _Upload | None:
         """Begin an upload; None where the blob could be mounted instead."""
@@ -265,9 +277,9 @@ class _Sending:
             yield piece
             self._meter.add(ref.digest, len(piece))
 
-    def _found_again(self, ref: BlobRef, upload: _Upload | None) -> _Upload | None:
+    def _found_again(self, ref: BlobRef, upload: _Upload) -> _Upload | None:
         """An upload that broke, as far as the registry got; None where it must start anew."""
-        if upload is None or ref.size <= PART:
+        if ref.size <= PART:
             return None
         what = f"the upload of blob {ref.digest.short}"
         try:
@@ -275,10 +287,11 @@ class _Sending:
                 arrived = parse_uploaded(answer.headers.get("range", ""))
                 if arrived is None or arrived > ref.size:
                     return None
-                return _Upload(_location(upload.url, answer.headers), arrived, upload.least)
-        except Temporary:
-            return upload  # still away: the next try tells
-        except RegistryError:
+                url = _location(upload.url, answer.headers)
+                return _Upload(url, arrived, upload.least, resumed=True)
+        except RegistryError as error:
+            if error.kind not in {"not_found", "refused"}:
+                raise
             return None
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -86,6 +87,7 @@ class Registry:
         self._client = httpx2.Client(
             headers={"User-Agent": f"quantmill/{__version__}", "Accept-Encoding": "identity"},
             timeout=httpx2.Timeout(limit.stall, connect=limit.connect, pool=None),
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),  # none are kept
             limits=httpx2.Limits(max_connections=connections),
             # proxies and certificates of the environment; no proxy to this machine
             trust_env=not is_loopback(origin.host),
