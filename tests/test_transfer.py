@@ -265,7 +265,14 @@ def test_patience_ends(way: Answer, tmp_path: Path) -> None:
 
 def test_what_arrived_before_a_failure_is_not_asked_for_again(tmp_path: Path) -> None:
     """The second pull asks for the rest of a blob only."""
-    with misbehaving(serve_model(MANIFEST, BLOBS, cut)) as server, pytest.raises(RegistryError):
+
+    def cut_long(request: Handler) -> None:
+        (cut if data_of(request) == LONG else good)(request)
+
+    with (
+        misbehaving(serve_model(MANIFEST, BLOBS, cut_long)) as server,
+        pytest.raises(RegistryError),
+    ):
         fetch(server, tmp_path)
     with misbehaving(serve_model(MANIFEST, BLOBS)) as server:
         pulled = fetch(server, tmp_path)
