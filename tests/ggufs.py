@@ -123,15 +123,7 @@ def write_gguf(
 ) -> Path:
     """A GGUF file, or parts of `split` tensors each. `keys` belong to the architecture."""
     writer = GGUFWriter(path, arch, split_max_tensors=split, small_first_shard=empty_first)
-    for key, value in {**{f"{arch}.{k}": v for k, v in keys.items()}, **more}.items():
-        _add(writer, key, value)
-    for name, (values, kind) in tensors.items():
-        number = GGMLQuantizationType[kind]
-        writer.add_tensor(name, quants.quantize(values, number), raw_dtype=number)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    _write(writer, {}, tensors, {**{f"{arch}.{k}": v for k, v in keys.items()}, **more})
     return path
 
 
@@ -143,9 +135,19 @@ def write_blocks(
     keys: Mapping[str, Any],
 ) -> Path:
     """A GGUF file in which some tensors are given as rows of blocks."""
-    writer = GGUFWriter(path, arch)
+    named = {f"{arch}.{key}": value for key, value in keys.items()}
+    _write(GGUFWriter(path, arch), blocks, tensors, named)
+    return path
+
+
+def _write(
+    writer: GGUFWriter,
+    blocks: Mapping[str, tuple[npt.NDArray[np.uint8], str]],
+    tensors: Mapping[str, tuple[Floats, str]],
+    keys: Mapping[str, Any],
+) -> None:
     for key, value in keys.items():
-        _add(writer, f"{arch}.{key}", value)
+        _add(writer, key, value)
     for name, (raw, kind) in blocks.items():
         writer.add_tensor(name, raw, raw_dtype=GGMLQuantizationType[kind])
     for name, (values, kind) in tensors.items():
@@ -155,7 +157,6 @@ def write_blocks(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
 
 
 def _add(writer: GGUFWriter, key: str, value: Any) -> None:

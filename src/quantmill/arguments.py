@@ -1,12 +1,16 @@
-"""Options that several commands share, each defined once: name, help, completion."""
+"""Options that several commands share, each defined once: name, help, completion, value."""
 
 from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from quantmill.names import ModelName
+    from quantmill.store import Store
 
 
 class Profile(StrEnum):
@@ -185,3 +189,20 @@ OptionalNameArgument = Annotated[
 NamesArgument = Annotated[
     list[str], typer.Argument(metavar="NAME...", autocompletion=_complete_name)
 ]
+
+
+# -- what the texts stand for; imports wait, so that --help is quick -------------------------------
+
+
+def store_at(path: Path | None) -> Store:
+    """The store of --store; without a path, that of the environment."""
+    from quantmill.store import Store
+
+    return Store(path)
+
+
+def parse_model_name(text: str) -> ModelName:
+    """The model that a NAME stands for; raises BadName."""
+    from quantmill.names import parse_name
+
+    return parse_name(text)

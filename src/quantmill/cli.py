@@ -43,6 +43,8 @@ from quantmill.arguments import (
     StoreOption,
     TensorOption,
     WorkersOption,
+    parse_model_name,
+    store_at,
 )
 from quantmill.errors import BadRequest, QuantmillError
 from quantmill.version import __version__
@@ -51,9 +53,7 @@ if TYPE_CHECKING:
     from quantmill.creation import Created
     from quantmill.execute import Progress
     from quantmill.modelfile import Modelfile
-    from quantmill.names import ModelName
     from quantmill.plans import Options
-    from quantmill.store import Store
 
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
@@ -78,18 +78,6 @@ def _options(
 
     overrides = tuple(parse_override(text) for text in tensor or ())
     return Options(overrides, profile.value, e8m0.value, global_scale, allow_non_finite)
-
-
-def _store(path: Path | None) -> Store:
-    from quantmill.store import Store
-
-    return Store(path)
-
-
-def _name(text: str) -> ModelName:
-    from quantmill.names import parse_name
-
-    return parse_name(text)
 
 
 # -- commands --------------------------------------------------------------------------------------
@@ -123,7 +111,7 @@ def create(
     """Import a checkpoint under NAME, quantized on the way. A repository is fetched first."""
     from quantmill import creation
 
-    target = _name(name)
+    target = parse_model_name(name)
     options = _options(tensor, profile, e8m0, global_scale, allow_non_finite)
     parsed, folder = _inputs(source, draft, modelfile)
     started = time.monotonic()
@@ -131,7 +119,7 @@ def create(
         created = creation.create(
             target,
             folder,
-            store=_store(store),
+            store=store_at(store),
             quantize=quantize,
             requantize=requantize,
             group_size=group_size,
@@ -234,10 +222,10 @@ def plan(
         draft=draft,
         draft_quantize=draft_quantize,
         merge_lora=merge_lora,
-        store=_store(store),
+        store=store_at(store),
         follow_links=follow_links,
     )
-    free = _store(store).free_bytes()
+    free = store_at(store).free_bytes()
     if json_output:
         terminal.print_json(planreport.plan_json(planned, free))
         return
@@ -249,7 +237,7 @@ def _list(store: StoreOption = None, json_output: JsonOption = False) -> None:
     """List the models in the store."""
     from quantmill import facts, report
 
-    models = facts.list_models(_store(store))
+    models = facts.list_models(store_at(store))
     if json_output:
         terminal.print_json(report.list_json(models))
         return
@@ -273,7 +261,7 @@ def show(
     """Show what a stored model is made of."""
     from quantmill import facts, report
 
-    found = facts.show(_store(store), _name(name))
+    found = facts.show(store_at(store), parse_model_name(name))
     if json_output:
         terminal.print_json(report.show_json(found, tensors=tensors))
         return
@@ -329,7 +317,7 @@ def export(
     from quantmill.export import export as write
     from quantmill.load import open_model
 
-    with open_model(name, component=component, store=_store(store)) as model:
+    with open_model(name, component=component, store=store_at(store)) as model:
         written = write(model, folder, to, requantize=requantize)
     terminal.warn(report.exported_warnings(written))
     if json_output:

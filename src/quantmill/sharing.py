@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -17,18 +16,12 @@ from quantmill.arguments import (
     NameArgument,
     QuietOption,
     StoreOption,
+    store_at,
 )
 
 if TYPE_CHECKING:
     from quantmill.credentials import Login
     from quantmill.moving import Moving
-    from quantmill.store import Store
-
-
-def _store(path: Path | None) -> Store:
-    from quantmill.store import Store
-
-    return Store(path)
 
 
 def _label(verb: str, event: Moving) -> str:
@@ -49,7 +42,7 @@ def pull(
     with terminal.progress(not quiet and not json_output) as bar:
         done = pulling.pull(
             name,
-            store=_store(store),
+            store=store_at(store),
             insecure=insecure,
             progress=bar and (lambda e: bar(e.bytes, e.bytes_total, _label("fetching", e))),
         )
@@ -77,7 +70,7 @@ def push(
         done = pushing.push(
             name,
             target,
-            store=_store(store),
+            store=store_at(store),
             insecure=insecure,
             progress=bar and (lambda e: bar(e.bytes, e.bytes_total, _label("sending", e))),
         )

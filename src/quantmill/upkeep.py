@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -15,26 +14,12 @@ from quantmill.arguments import (
     OptionalNameArgument,
     StoreOption,
     WorkersOption,
+    parse_model_name,
+    store_at,
 )
 from quantmill.errors import BadRequest
 
-if TYPE_CHECKING:
-    from quantmill.names import ModelName
-    from quantmill.store import Store
-
 EXIT_DAMAGE = 1
-
-
-def _store(path: Path | None) -> Store:
-    from quantmill.store import Store
-
-    return Store(path)
-
-
-def _name(text: str) -> ModelName:
-    from quantmill.names import parse_name
-
-    return parse_name(text)
 
 
 def verify(
@@ -61,7 +46,7 @@ def verify(
 
     if not repair and (source or dry_run):
         raise BadRequest("--from and --dry-run belong to --repair", hint="add --repair")
-    names, where = None if name is None else [_name(name)], _store(store)
+    names, where = None if name is None else [parse_model_name(name)], store_at(store)
     with terminal.progress(not json_output) as bar:
         found = verification.verify(
             where,
@@ -94,8 +79,8 @@ def copy(
     """Give a model a second name; no data is copied."""
     from quantmill import pruning
 
-    old, new = _name(source), _name(target)
-    pruning.copy(_store(store), old, new)
+    old, new = parse_model_name(source), parse_model_name(target)
+    pruning.copy(store_at(store), old, new)
     if json_output:
         terminal.print_json({"source": old.display, "target": new.display})
     else:
@@ -110,7 +95,7 @@ def remove(
     """Remove models, and blobs that nothing else uses."""
     from quantmill import pruning, report
 
-    removed = pruning.remove(_store(store), [_name(name) for name in names])
+    removed = pruning.remove(store_at(store), [parse_model_name(name) for name in names])
     if json_output:
         terminal.print_json(report.removed_json(removed))
     else:
@@ -129,7 +114,7 @@ def prune(
     from quantmill import pruning, report
 
     act = pruning.plan_prune if dry_run else pruning.prune
-    done = act(_store(store), older_than)
+    done = act(store_at(store), older_than)
     if json_output:
         terminal.print_json(report.prune_json(done, dry_run=dry_run))
     else:
