@@ -11,13 +11,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from quantmill import mediatypes
+from quantmill.blobwriter import Pending
 from quantmill.digests import digest_of
 from quantmill.errors import StoreError
 from quantmill.files import Disk, translated
 from quantmill.locking import LOCK_FILE
 from quantmill.manifest import BlobRef, manifest_bytes
 from quantmill.names import parse_name
-from quantmill.store import OWN_FOLDER, Pending, Store
+from quantmill.store import OWN_FOLDER, Store
 
 
 def write_file(path: Path, data: bytes = b"{}") -> Path:

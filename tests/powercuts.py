@@ -44,14 +44,21 @@ class ModelDisk(Disk):
     """A real folder, and a model of what of it is durable.
 
     Operation number `at`, from 1 on, fails or is the last one, as `how` says. Nothing is really
-    synced, so that many rounds take little time. `done` counts operations. What a killed command,
-    on the disk `before`, did not sync is not durable here either.
+    synced, so that many rounds take little time. `done` counts operations that change something,
+    or, with `reads`, those that only look. What a killed command, on the disk `before`, did not
+    sync is not durable here either.
     """
 
     def __init__(
-        self, root: Path, how: str = "kept", at: int = 0, before: ModelDisk | None = None
+        self,
+        root: Path,
+        how: str = "kept",
+        at: int = 0,
+        before: ModelDisk | None = None,
+        *,
+        reads: bool = False,
     ) -> None:
-        self.done, self.hit = 0, False
+        self.done, self.hit, self._reads = 0, False, reads
         self.last_operation = ""
         self._root, self._how, self._at = root, how, at
         self._guard = threading.RLock()
@@ -70,9 +77,17 @@ class ModelDisk(Disk):
 
     @contextmanager
     def _step(
-        self, operation: str, path: Path, half: Callable[[], object] | None = None
+        self,
+        operation: str,
+        path: Path,
+        half: Callable[[], object] | None = None,
+        *,
+        read: bool = False,
     ) -> Iterator[None]:
         with self._guard:
+            if read != self._reads:
+                yield
+                return
             if self.hit and self._how in CUTS:
                 raise PowerCut
             self.done += 1
@@ -105,6 +120,27 @@ class ModelDisk(Disk):
         if node and not node.is_folder and path.is_file():
             node.last = path.read_bytes()
 
+    # -- reading -----------------------------------------------------------------------------------
+
+    def scan(self, folder: Path) -> list[Path]:
+        with self._step("scan", folder, read=True):
+            return super().scan(folder)
+
+    def info(self, path: Path, *, follow: bool = True) -> os.stat_result | None:
+        with self._step("info", path, read=True):
+            return super().info(path, follow=follow)
+
+    @contextmanager
+    def reading(self, path: Path) -> Iterator[int]:
+        with self._step("reading", path, read=True):
+            pass
+        with super().reading(path) as fd:
+            yield fd
+
+    def read(self, fd: int, buffer: memoryview, offset: int, path: Path) -> int:
+        with self._step("read", path, read=True):
+            return super().read(fd, buffer, offset, path)
+
     # -- operations --------------------------------------------------------------------------------
 
     def create(self, folder: Path, prefix: str) -> tuple[Path, int]:
@@ -114,6 +150,24 @@ class ModelDisk(Disk):
             self._fds.add(fd)
             self._change(folder, {path: Node(False)})
         return path, fd
+
+    def open(self, folder: Path, name: str) -> tuple[Path, int]:
+        self.make_folder(folder)
+        with self._step("open", folder / name):
+            new = not (folder / name).exists()
+            path, fd = super().open(folder, name)
+            self._fds.add(fd)
+            if new:
+                self._change(folder, {path: Node(False)})
+        return path, fd
+
+    def truncate(self, fd: int, size: int, path: Path) -> None:
+        with self._step("truncate", path):
+            super().truncate(fd, size, path)
+
+    def claim(self, fd: int, path: Path) -> bool:
+        with self._step("claim", path):
+            return super().claim(fd, path)
 
     def write(self, fd: int, data: memoryview, offset: int, path: Path) -> None:
         def half() -> None:

@@ -27,6 +27,7 @@ LAYERS = [
     | {"companions", "quantconfig", "quantparams"},
     {
         "files",
+        "blobwriter",
         "locking",
         "store",
         "openfile",

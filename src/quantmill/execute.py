@@ -12,6 +12,7 @@ from queue import SimpleQueue
 from typing import TypeVar
 
 from quantmill import mediatypes
+from quantmill.blobwriter import BlobWriter, Pending
 from quantmill.errors import BadRequest, BadWeights
 from quantmill.formats import DTYPE_BYTES
 from quantmill.journal import Journal, Note
@@ -32,7 +33,7 @@ from quantmill.plans import (
 )
 from quantmill.quantize import Arithmetic, quantize, scan
 from quantmill.source import OpenSource, SourceTensor
-from quantmill.store import BlobWriter, Pending, Store
+from quantmill.store import Store
 from quantmill.weights import MAX_SCALE, Quantized
 
 SMALLEST_MAXIMUM = 1e-30

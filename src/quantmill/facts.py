@@ -104,7 +104,6 @@ def show(store: Store, name: str | ModelName) -> ModelFacts:
     """
     name = as_name(name)
     manifest = store.get_manifest(name)
-    path = store.manifest_path(name)
     config = _config(store, manifest)
     tensors = tuple(t for ref in manifest.tensor_refs() for t in describe_ref(store, ref))
     weights = sum(t.elements for t in tensors)
@@ -119,7 +118,7 @@ def show(store: Store, name: str | ModelName) -> ModelFacts:
         name=store.spelling(name),
         digest=manifest.digest.hex,
         size=manifest.total_size,
-        modified=datetime.fromtimestamp(path.stat().st_mtime, UTC),
+        modified=datetime.fromtimestamp(store.manifest_time(name), UTC),
         format=str(config.get("file_type") or ""),
         capabilities=tuple(map(str, _of_type(list, config.get("capabilities")))),
         parser=str(config.get("parser") or ""),

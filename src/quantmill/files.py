@@ -1,7 +1,8 @@
 """The file operations under the store: the one place where it touches the disk.
 
-Everything durable goes through these few calls, so that a test can count them, fail them or forget
-what was not synced. Errors of the system come out as StoreError, naming the path.
+Everything that is read or made durable goes through these few calls, so that a test can count them,
+fail them or forget what was not synced. Errors of the system come out as StoreError, naming the
+path.
 """
 
 from __future__ import annotations
@@ -9,14 +10,19 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeGuard
 
-from quantmill.errors import NoSpace, NotFound, StoreError
+from quantmill.errors import Corrupt, NoSpace, NotFound, StoreError
 
 FILE_MODE = 0o644
 FOLDER_MODE = 0o755
+
+_NOTHING = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP})
+"""What a path that leads to nothing fails with."""
 
 _TRIES = 100
 """How often a folder that others remove is made again."""
@@ -24,6 +30,66 @@ _TRIES = 100
 
 class Disk:
     """The real disk."""
+
+    # -- reading -----------------------------------------------------------------------------------
+
+    def free(self, folder: Path) -> int:
+        """Bytes that can be written where a folder is."""
+        with translated(folder):
+            return shutil.disk_usage(folder).free
+
+    def scan(self, folder: Path) -> list[Path]:
+        """What lies in a folder, by name; nothing where there is no such folder."""
+        with translated(folder):
+            try:
+                with os.scandir(folder) as entries:
+                    return sorted(folder / entry.name for entry in entries)
+            except (FileNotFoundError, NotADirectoryError):
+                return []
+
+    def info(self, path: Path, *, follow: bool = True) -> os.stat_result | None:
+        """What a name is, links followed; None where it is nothing, or a link that leads nowhere.
+
+        Other failures are StoreError: what cannot be looked at may be there.
+        """
+        with translated(path):
+            try:
+                return path.stat(follow_symlinks=follow)
+            except OSError as error:
+                if error.errno in _NOTHING:
+                    return None
+                raise
+
+    @contextmanager
+    def reading(self, path: Path) -> Iterator[int]:
+        """A descriptor of a regular file, to read from; raises NotFound, or Corrupt for others."""
+        with translated(path):
+            # without waiting: a pipe would have it wait for a writer
+            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise Corrupt(f"{path} is not a regular file")
+            yield fd
+        finally:
+            os.close(fd)
+
+    def read(self, fd: int, buffer: memoryview, offset: int, path: Path) -> int:
+        """Read into a buffer, less than it holds perhaps; how many bytes, 0 at the end."""
+        with translated(path):
+            return os.preadv(fd, [buffer], offset)
+
+    def read_file(self, path: Path, limit: int) -> bytes:
+        """A whole file, or its first `limit` bytes; raises NotFound, or Corrupt for no file."""
+        parts = []
+        with self.reading(path) as fd:
+            buffer = memoryview(bytearray(min(limit, os.fstat(fd).st_size + 1)))
+            at = 0
+            while at < limit and (count := self.read(fd, buffer[: limit - at], at, path)):
+                parts.append(bytes(buffer[:count]))
+                at += count
+        return b"".join(parts)
+
+    # -- writing -----------------------------------------------------------------------------------
 
     def create(self, folder: Path, prefix: str) -> tuple[Path, int]:
         """A new file with a name of its own, open for writing: its path and descriptor."""
@@ -40,11 +106,6 @@ class Disk:
                         raise
         raise AssertionError
 
-    def free(self, folder: Path) -> int:
-        """Bytes that can be written where a folder is."""
-        with translated(folder):
-            return shutil.disk_usage(folder).free
-
     def open(self, folder: Path, name: str) -> tuple[Path, int]:
         """A file of this name, created where it is absent, for reading and writing."""
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -59,6 +120,11 @@ class Disk:
             while data:
                 count = os.pwrite(fd, data, offset)
                 data, offset = data[count:], offset + count
+
+    def truncate(self, fd: int, size: int, path: Path) -> None:
+        """Make a file this long: cut it, or add zeros."""
+        with translated(path):
+            os.ftruncate(fd, size)
 
     def append(self, path: Path, data: bytes) -> None:
         """Add to the end of a file, which is created, with its folder, where it is absent."""
@@ -92,8 +158,27 @@ class Disk:
             raise
         return fd
 
+    def claim(self, fd: int, path: Path) -> bool:
+        """Lock an open file for this process; False where another process or descriptor has it."""
+        import fcntl
+
+        with translated(path):
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+        return True
+
+    def is_same(self, fd: int, path: Path) -> bool:
+        """Whether a path leads to the file that a descriptor is of."""
+        with translated(path):
+            try:
+                return os.path.samestat(os.fstat(fd), path.stat())
+            except FileNotFoundError:
+                return False
+
     def close(self, fd: int, path: Path) -> None:
-        """Close a descriptor that `create` or `lock` gave."""
+        """Close a descriptor that `create`, `open` or `lock` gave."""
         with translated(path):
             os.close(fd)
 
@@ -130,7 +215,7 @@ class Disk:
 
     def make_folder(self, folder: Path) -> None:
         """Create a folder and its parents, each made durable in its own parent."""
-        if folder.is_dir():
+        if is_folder(self.info(folder)):
             return
         with translated(folder):
             self.make_folder(folder.parent)
@@ -149,6 +234,16 @@ class Disk:
         except OSError:
             return False
         return True
+
+
+def is_file(found: os.stat_result | None) -> TypeGuard[os.stat_result]:
+    """Whether what `Disk.info` found is a regular file."""
+    return found is not None and stat.S_ISREG(found.st_mode)
+
+
+def is_folder(found: os.stat_result | None) -> TypeGuard[os.stat_result]:
+    """Whether what `Disk.info` found is a folder."""
+    return found is not None and stat.S_ISDIR(found.st_mode)
 
 
 def _full_sync(fd: int) -> None:

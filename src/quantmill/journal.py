@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from quantmill import strictjson
 from quantmill.digests import Digest, digest_of, parse_digest
-from quantmill.errors import BadName
+from quantmill.errors import BadName, StoreError
 from quantmill.plans import BlobSpec, Plan
 from quantmill.source import OpenSource
 from quantmill.store import Store
@@ -81,9 +81,8 @@ class Journal:
     def _read(self) -> dict[str, Note]:
         """Lines that make sense; a crash may have left others."""
         try:
-            with self._path.open("rb") as file:
-                data = file.read(_MAX_BYTES)
-        except OSError:
+            data = self._store.disk.read_file(self._path, _MAX_BYTES)
+        except StoreError:  # a hint that cannot be read costs time only
             return {}
         self._torn = not data.endswith(b"\n")
         return {note.key: note for note in map(_parsed, data.splitlines()) if note is not None}

@@ -56,16 +56,9 @@ def _acquired(disk: Disk, path: Path, *, exclusive: bool) -> int:
             ) from None
         except OSError as error:
             raise _refused(path, error) from None
-        if _is_still(path, fd):
+        if disk.is_same(fd, path):
             return fd
         disk.close(fd, path)  # the file was removed meanwhile: others would lock another one
-
-
-def _is_still(path: Path, fd: int) -> bool:
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(fd))
-    except FileNotFoundError:
-        return False
 
 
 def _refused(path: Path, error: OSError) -> StoreError:

@@ -8,18 +8,16 @@ The list is a hint: before a blob gets its name all its bytes are read and hashe
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import threading
-from contextlib import suppress
 from pathlib import Path
 
+from quantmill.blobwriter import CHUNK, Pending
 from quantmill.digests import Digest
-from quantmill.errors import Busy
-from quantmill.files import translated
+from quantmill.errors import Busy, StoreError
 from quantmill.spans import Span, missing
-from quantmill.store import CHUNK, Pending, Store
+from quantmill.store import Store
 
 _LONGEST_LIST = 1 << 22
 
@@ -44,24 +42,23 @@ class Partial:
         while True:
             path, fd = store.disk.open(store.partials, self.digest.file_name)
             try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                with suppress(FileNotFoundError):
-                    if os.path.samestat(os.fstat(fd), path.stat()):
-                        return path, fd
-            except BlockingIOError:
-                os.close(fd)
-                raise Busy(
-                    f"another process is fetching blob {self.digest.short}",
-                    hint="wait until it has finished, then run the command again",
-                ) from None
-            os.close(fd)  # whoever had it has just finished: what was opened is a blob now
+                if not self._disk.claim(fd, path):
+                    raise Busy(
+                        f"another process is fetching blob {self.digest.short}",
+                        hint="wait until it has finished, then run the command again",
+                    )
+                if self._disk.is_same(fd, path):
+                    return path, fd
+            except BaseException:
+                self._disk.close(fd, path)
+                raise
+            self._disk.close(fd, path)  # whoever had it has just finished: it is a blob now
 
     def _listed(self) -> list[Span]:
         """The spans of the list that the file is long enough for."""
         try:
-            with self._list.open("rb") as file:
-                lines = file.read(_LONGEST_LIST).split(b"\n")
-        except OSError:
+            lines = self._disk.read_file(self._list, _LONGEST_LIST).split(b"\n")
+        except StoreError:  # a hint that cannot be read costs time only
             return []
         length = min(os.fstat(self._fd).st_size, self.size)
         found = []
@@ -89,25 +86,22 @@ class Partial:
         with self._lock:
             self.have.clear()
             self._disk.remove(self._list)
-            with translated(self._path):
-                os.ftruncate(self._fd, 0)
+            self._disk.truncate(self._fd, 0, self._path)
 
     def found_digest(self) -> Digest:
         """The digest of the bytes in the file, all read."""
         found, buffer, at = hashlib.sha256(), memoryview(bytearray(CHUNK)), 0
-        with translated(self._path):
-            while at < self.size:
-                count = os.preadv(self._fd, [buffer[: self.size - at]], at)
-                if not count:
-                    break
-                found.update(buffer[:count])
-                at += count
+        while at < self.size:
+            count = self._disk.read(self._fd, buffer[: self.size - at], at, self._path)
+            if not count:
+                break
+            found.update(buffer[:count])
+            at += count
         return Digest(found.hexdigest())
 
     def finish(self) -> Pending:
         """The complete blob, to be committed; its digest must have been compared."""
-        with translated(self._path):
-            os.ftruncate(self._fd, self.size)
+        self._disk.truncate(self._fd, self.size, self._path)
         return Pending(self.digest, self.size, self._path)
 
     def committed(self) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from quantmill.digests import Digest
 from quantmill.errors import Busy, Corrupt, NotFound, StoreError
+from quantmill.files import is_folder
 from quantmill.manifest import BlobRef
 from quantmill.names import ModelName, as_name, as_names
 from quantmill.store import BlobFile, Store
@@ -98,8 +99,8 @@ def prune(store: Store, older_than: float = GRACE_SECONDS) -> PrunePlan:
 
 def _remove_empty_folders(store: Store) -> None:
     def sweep(folder: Path, depth: int) -> None:
-        for child in sorted(folder.iterdir()) if folder.is_dir() else ():
-            if child.is_dir() and not child.is_symlink():
+        for child in store.disk.scan(folder):
+            if is_folder(store.disk.info(child, follow=False)):
                 if depth > 1:
                     sweep(child, depth - 1)
                 store.disk.remove_folder(child)

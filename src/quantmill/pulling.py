@@ -11,13 +11,13 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from quantmill import strictjson
 from quantmill.addresses import registry_origin
+from quantmill.blobwriter import Pending
 from quantmill.credentials import Login, find_login
 from quantmill.digests import Digest
 from quantmill.errors import Corrupt, NoSpace, NotFound, RegistryError
@@ -29,7 +29,7 @@ from quantmill.partials import Partial
 from quantmill.patience import Patience, Temporary, Tries
 from quantmill.registry import Registry
 from quantmill.spans import Span, in_parts, missing
-from quantmill.store import Pending, Store
+from quantmill.store import Store
 
 STREAMS = 4
 """Connections that move bytes at the same time."""
@@ -129,11 +129,8 @@ def _current(store: Store, name: ModelName) -> bytes | None:
 
 def _there(store: Store, refs: Iterable[BlobRef]) -> int:
     """Bytes on disk of what an earlier call began."""
-    found = 0
-    for ref in refs:
-        with suppress(OSError):
-            found += 512 * (store.partials / ref.digest.file_name).stat().st_blocks
-    return found
+    infos = [store.disk.info(store.partials / ref.digest.file_name) for ref in refs]
+    return sum(512 * info.st_blocks for info in infos if info)
 
 
 # -- the manifest ----------------------------------------------------------------------------------

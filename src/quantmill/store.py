@@ -9,28 +9,24 @@ names it follows last, the same way. A reader sees a model whole or not at all.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
-import stat
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from quantmill.blobwriter import CHUNK, BlobWriter, Pending
 from quantmill.digests import Digest, parse_digest
 from quantmill.errors import BadName, Corrupt, NotFound, StoreError
-from quantmill.files import Disk, translated
+from quantmill.files import Disk, is_file, is_folder
 from quantmill.locking import locked
 from quantmill.manifest import MAX_MANIFEST, Manifest, parse_manifest
 from quantmill.names import ModelName, name_from_path
 
-# Not a digest, so collectors take it for what it is; the prefix is the one Ollama uses.
-TEMP_BLOB = "sha256-tmp-"
 TEMP_MANIFEST = ".tmp-"
-CHUNK = 1 << 20
-"""Bytes read or hashed at once."""
-
 SYNC_THREADS = 8
 """Files synced at once: on ext4 that takes a third of the time of one after the other."""
 
@@ -44,15 +40,6 @@ def default_root(environ: Mapping[str, str]) -> Path:
         if environ.get(variable):
             return Path(environ[variable]).expanduser()
     return Path.home() / ".ollama" / "models"
-
-
-@dataclass(frozen=True, slots=True)
-class Pending:
-    """A blob that is complete in a temporary file and waits for `Store.commit`."""
-
-    digest: Digest
-    size: int
-    path: Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,69 +61,6 @@ class StoredName:
     modified: float
 
 
-class BlobWriter:
-    """A blob being written. Leave the context without `finish` and nothing remains."""
-
-    def __init__(self, disk: Disk, folder: Path) -> None:
-        self._disk, self._hash, self._size = disk, hashlib.sha256(), 0
-        self._path, fd = disk.create(folder, TEMP_BLOB)
-        self._fd: int | None = fd
-        self._finished = False
-
-    def __enter__(self) -> BlobWriter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if not self._finished:
-            with suppress(StoreError):  # why it was left says more than what clearing up met
-                self._close()
-            with suppress(StoreError):
-                self._disk.remove(self._path)
-
-    def write(self, data: bytes | memoryview) -> None:
-        """Append bytes."""
-        view = memoryview(data).cast("B")
-        self._hash.update(view)
-        self._disk.write(self._open_fd(), view, self._size, self._path)
-        self._size += len(view)
-
-    def write_ahead(self, data: bytes | memoryview, distance: int) -> None:
-        """Write bytes `distance` beyond the end, to be taken in when everything before is there."""
-        view = memoryview(data).cast("B")
-        self._disk.write(self._open_fd(), view, self._size + distance, self._path)
-
-    def take_in(self, count: int) -> None:
-        """Append `count` bytes that `write_ahead` put there."""
-        while count:
-            with translated(self._path):
-                part = os.pread(self._open_fd(), min(count, CHUNK), self._size)
-            if not part:
-                raise Corrupt(f"{self._path}: bytes that were written are not there")
-            self._hash.update(part)
-            self._size += len(part)
-            count -= len(part)
-
-    def _open_fd(self) -> int:
-        if self._fd is None:
-            raise ValueError("write to a finished blob")
-        return self._fd
-
-    def finish(self) -> Pending:
-        """Close the file and check its length; the blob gets its name in `Store.commit`."""
-        self._close()
-        with translated(self._path):
-            length = self._path.stat().st_size
-        if length != self._size:
-            raise Corrupt(f"{self._path}: wrote {self._size} bytes, the file has {length}")
-        self._finished = True
-        return Pending(Digest(self._hash.hexdigest()), self._size, self._path)
-
-    def _close(self) -> None:
-        if self._fd is not None:
-            fd, self._fd = self._fd, None
-            self._disk.close(fd, self._path)
-
-
 class Store:
     """A directory of blobs and manifests that Ollama reads and writes too."""
 
@@ -149,7 +73,7 @@ class Store:
     def free_bytes(self) -> int | None:
         """Free space where the store is, or will be; None where that cannot be told."""
         for folder in (self.root, *self.root.absolute().parents):
-            if folder.is_dir():
+            if is_folder(self.disk.info(folder)):
                 return self.disk.free(folder)
         return None
 
@@ -215,12 +139,12 @@ class Store:
 
     def holds(self, digest: Digest, size: int) -> bool:
         """Whether a blob is there whole: its size right and its digest recomputed."""
+        found = self.disk.info(self.blob_path(digest), follow=False)
+        if not is_file(found) or found.st_size != size:
+            return False
         try:
-            found = self.blob_path(digest).lstat()
-            if not stat.S_ISREG(found.st_mode) or found.st_size != size:
-                return False
             return self.hash_blob(digest) == digest
-        except (OSError, NotFound):
+        except NotFound:  # removed meanwhile
             return False
 
     def refresh(self, digests: Iterable[Digest]) -> None:
@@ -237,10 +161,12 @@ class Store:
 
     def blob_size(self, digest: Digest) -> int:
         """Size of a blob in bytes; raises NotFound."""
-        with translated(self.blob_path(digest)):
-            found = self.blob_path(digest).stat()
-        if not stat.S_ISREG(found.st_mode):
-            raise Corrupt(f"{self.blob_path(digest)} is not a regular file")
+        path = self.blob_path(digest)
+        found = self.disk.info(path)
+        if found is None:
+            raise NotFound(f"{path}: {os.strerror(errno.ENOENT)}")
+        if not is_file(found):
+            raise Corrupt(f"{path} is not a regular file")
         return found.st_size
 
     def read_blob(self, digest: Digest, limit: int) -> bytes:
@@ -258,16 +184,15 @@ class Store:
     ) -> Iterator[bytes]:
         """The bytes from `start` to `end`, at most `chunk` at a time; raises NotFound, Corrupt."""
         path = self.blob_path(digest)
-        with translated(path):
-            handle = path.open("rb", buffering=0)
-        with handle, translated(path):
-            handle.seek(start)
+        with self.disk.reading(path) as fd:
             while start < end:
-                part = handle.read(min(chunk, end - start))
-                if not part:
+                # a new buffer each time: whoever takes the bytes may keep them
+                buffer = memoryview(bytearray(min(chunk, end - start)))
+                count = self.disk.read(fd, buffer, start, path)
+                if not count:
                     raise Corrupt(f"blob {digest.short} ends at byte {start}, {end} are needed")
-                start += len(part)
-                yield part
+                start += count
+                yield bytes(buffer[:count])
 
     def blob_start(self, digest: Digest, count: int) -> tuple[bytes, int]:
         """The first `count` bytes of a blob, fewer if it is shorter, and its size in bytes.
@@ -275,24 +200,19 @@ class Store:
         Raises NotFound, or Corrupt where the blob is not a file.
         """
         path = self.blob_path(digest)
-        with translated(path):
-            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-            try:
-                found = os.fstat(fd)
-                if not stat.S_ISREG(found.st_mode):
-                    raise Corrupt(f"{path} is not a regular file")
-                return os.pread(fd, count, 0), found.st_size
-            finally:
-                os.close(fd)
+        with self.disk.reading(path) as fd:
+            size = os.fstat(fd).st_size
+            buffer = memoryview(bytearray(min(count, size)))
+            return bytes(buffer[: self.disk.read(fd, buffer, 0, path)]), size
 
     def hash_blob(self, digest: Digest) -> Digest:
         """The digest that the bytes on disk really have; raises NotFound or Corrupt."""
-        self.blob_size(digest)  # opening a named pipe would wait for a writer
-        found, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK))
+        found, buffer, at = hashlib.sha256(), memoryview(bytearray(CHUNK)), 0
         path = self.blob_path(digest)
-        with translated(path), path.open("rb", buffering=0) as file:
-            while count := file.readinto(buffer):
+        with self.disk.reading(path) as fd:
+            while count := self.disk.read(fd, buffer, at, path):
                 found.update(buffer[:count])
+                at += count
         return Digest(found.hexdigest())
 
     def remove_blob(self, digest: Digest) -> None:
@@ -318,11 +238,8 @@ class Store:
 
         Who takes an unreferenced blob into use sets its time first: then it stays.
         """
-        try:
-            modified = file.path.lstat().st_mtime
-        except OSError:
-            return False
-        if max(0.0, time.time() - modified) < older_than:
+        found = self.disk.info(file.path, follow=False)
+        if found is None or max(0.0, time.time() - found.st_mtime) < older_than:
             return False
         self.disk.remove(file.path)
         return True
@@ -330,14 +247,12 @@ class Store:
     def list_blobs(self) -> list[BlobFile]:
         """Every regular file in the blobs folder, in name order."""
         now, found = time.time(), []
-        for entry in _scan(self.blobs):
-            if entry.is_file(follow_symlinks=False):
-                with suppress(FileNotFoundError):  # renamed or removed since the folder was read
-                    info = entry.stat(follow_symlinks=False)
-                    digest = _digest_or_none(entry.name)
-                    age = max(0.0, now - info.st_mtime)
-                    found.append(BlobFile(Path(entry.path), digest, info.st_size, age))
-        return sorted(found, key=lambda b: b.path.name)
+        for path in self.disk.scan(self.blobs):
+            info = self.disk.info(path, follow=False)
+            if is_file(info):  # else renamed or removed since the folder was read, or a link
+                age = max(0.0, now - info.st_mtime)
+                found.append(BlobFile(path, _digest_or_none(path.name), info.st_size, age))
+        return found
 
     # -- manifests ---------------------------------------------------------------------------------
 
@@ -345,7 +260,7 @@ class Store:
         """The name with each part spelled as an existing manifest spells it, case aside."""
         folder, parts = self.manifests, []
         for part in name.parts:
-            names = {entry.name for entry in _scan(folder)}
+            names = {path.name for path in self.disk.scan(folder)}
             same = sorted(n for n in names if n.lower() == part.lower())
             parts.append(part if part in names or not same else same[0])
             folder = folder / parts[-1]
@@ -360,18 +275,30 @@ class Store:
         """The manifest of a name; raises NotFound or Corrupt."""
         return self._read_manifest(self.manifest_path(name), name.display)
 
+    def manifest_time(self, name: ModelName) -> float:
+        """When a name got its manifest, in seconds; raises NotFound."""
+        info = self.disk.info(self.manifest_path(name))
+        if info is None:
+            raise _no_model(name.display)
+        return info.st_mtime
+
     def _read_manifest(self, path: Path, shown: str) -> Manifest:
+        info = self.disk.info(path)
+        if not is_file(info):  # not a model, as in `list_names`
+            raise _no_model(shown)
+        if info.st_size > MAX_MANIFEST:
+            raise Corrupt(f"manifest of {shown} has {info.st_size} bytes, too many to read")
+        return parse_manifest(self._read_small(path, shown), shown)
+
+    def _read_small(self, path: Path, shown: str) -> bytes:
         try:
-            info = path.stat()
-            if not stat.S_ISREG(info.st_mode):  # not a model, as in `list_names`
-                raise FileNotFoundError
-            if info.st_size > MAX_MANIFEST:
-                raise Corrupt(f"manifest of {shown} has {info.st_size} bytes, too many to read")
-            return parse_manifest(path.read_bytes(), shown)
-        except (FileNotFoundError, NotADirectoryError):
+            return self.disk.read_file(path, MAX_MANIFEST)
+        except NotFound:
             raise _no_model(shown) from None
-        except OSError as error:
-            raise Corrupt(f"manifest of {shown}: {error.strerror}") from None
+        except Corrupt:
+            raise
+        except StoreError as error:
+            raise Corrupt(f"manifest of {shown}: {error.message}") from None
 
     def put_manifest(self, name: ModelName, raw: bytes) -> None:
         """Point a name to a manifest, durably and at once. The blobs it names are durable by now.
@@ -398,7 +325,7 @@ class Store:
     def remove_manifest(self, name: ModelName) -> None:
         """Remove a name, and folders that are empty without it; raises NotFound."""
         path = self.manifest_path(name)
-        if not path.is_file():
+        if not is_file(self.disk.info(path)):
             raise _no_model(name.display)
         self.disk.remove(path)
         self.disk.sync_folder(path.parent)
@@ -423,35 +350,27 @@ class Store:
         its blobs are in use.
         """
         found = []
-        for path in self._manifest_files():
-            try:
+        for path, info in self._manifest_files():
+            with suppress(BadName):
                 name = name_from_path(path.relative_to(self.manifests).as_posix())
-            except BadName:
-                continue
-            with suppress(FileNotFoundError):  # removed since the folder was read
-                found.append(StoredName(name, path, path.stat().st_mtime))
+                found.append(StoredName(name, path, info.st_mtime))
         return sorted(found, key=lambda s: s.name.parts)
 
     def _manifest_folders(self) -> list[list[Path]]:
         """The folders that lead to manifests, level by level."""
         levels = [[self.manifests]]
         for _ in range(3):
-            levels.append(
-                [
-                    Path(entry.path)
-                    for folder in levels[-1]
-                    for entry in _scan(folder)
-                    if _leads_to(entry, os.DirEntry.is_dir)
-                ]
-            )
+            below = [path for folder in levels[-1] for path in self.disk.scan(folder)]
+            levels.append([path for path in below if is_folder(self.disk.info(path))])
         return levels
 
-    def _manifest_files(self) -> Iterator[Path]:
-        """Files four levels down."""
+    def _manifest_files(self) -> Iterator[tuple[Path, os.stat_result]]:
+        """Files four levels down. What cannot be looked at is an error: it may be a manifest."""
         for folder in self._manifest_folders()[-1]:
-            for entry in _scan(folder):
-                if _leads_to(entry, os.DirEntry.is_file):
-                    yield Path(entry.path)
+            for path in self.disk.scan(folder):
+                info = self.disk.info(path)
+                if is_file(info):
+                    yield path, info
 
     @property
     def journals(self) -> Path:
@@ -466,16 +385,17 @@ class Store:
     def stale_files(self) -> list[BlobFile]:
         """Temporary files that an interrupted `put_manifest` left, journals, blobs half fetched."""
         now = time.time()
-        found = []
-        unnamed = [p for p in self._manifest_files() if p.name.startswith(TEMP_MANIFEST)]
-        own = [Path(e.path) for folder in (self.journals, self.partials) for e in _scan(folder)]
-        for path in (*unnamed, *own):
-            if path.is_file():
-                with suppress(FileNotFoundError):  # renamed or removed since the folder was read
-                    info = path.stat()
-                    age = max(0.0, now - info.st_mtime)
-                    found.append(BlobFile(path, None, info.st_size, age))
-        return sorted(found, key=lambda b: b.path)
+        found = [f for f in self._manifest_files() if f[0].name.startswith(TEMP_MANIFEST)]
+        for path in (
+            p for folder in (self.journals, self.partials) for p in self.disk.scan(folder)
+        ):
+            info = self.disk.info(path)
+            if is_file(info):
+                found.append((path, info))
+        return [
+            BlobFile(path, None, info.st_size, max(0.0, now - info.st_mtime))
+            for path, info in sorted(found)
+        ]
 
     # -- lock --------------------------------------------------------------------------------------
 
@@ -494,23 +414,6 @@ class Store:
 
 def _no_model(shown: str) -> NotFound:
     return NotFound(f"no model named {shown}", hint="`quantmill list` shows what is there")
-
-
-def _scan(folder: Path) -> list[os.DirEntry[str]]:
-    with translated(folder):
-        try:
-            with os.scandir(folder) as entries:
-                return list(entries)
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-
-
-def _leads_to(entry: os.DirEntry[str], kind: Callable[[os.DirEntry[str]], bool]) -> bool:
-    """Whether an entry is of a kind, links followed; a link in a circle is of none."""
-    try:
-        return kind(entry)
-    except OSError:
-        return False
 
 
 def _digest_or_none(file_name: str) -> Digest | None:
