@@ -3,7 +3,7 @@
 # make check     format, lint, types
 # make bench     benchmarks; results in bench-results/
 # make official  tests that need the official libraries (torch, compressed-tensors), apart from the others
-# make sweep     every file operation of every command fails, or is the last before a power cut
+# make sweep     every file operation of every command fails, or is the last before a power cut; long random walks
 # make crash     kill create 200 times at random moments; the store must be whole each time
 # make fuzz      change inputs of the parsers for SECONDS (240), guided by the lines they reach
 # make sanitize  kernels compared with each other, under address and undefined-behaviour sanitizers
@@ -65,7 +65,7 @@ check: $(VENV)/.check
 	$(BIN)/mypy
 
 sweep: $(VENV)/.test
-	QUANTMILL_SWEEP=1 $(BIN)/python -m pytest -n 2 tests/test_faults.py
+	QUANTMILL_SWEEP=1 $(BIN)/python -m pytest -n 2 tests/test_faults.py tests/test_walks.py
 
 crash: $(VENV)/.test
 	PYTHONPATH=tests $(BIN)/python tests/crash.py 200

@@ -196,9 +196,9 @@ def serve_well(request: Handler, data: bytes) -> None:
         request.reply(206, data[start:end], Content_Range=f"bytes {start}-{end - 1}/{len(data)}")
 
 
-def serve_memory() -> Answer:
-    """An answer of a registry that keeps what it is sent, without any check."""
-    kept: dict[str, bytes] = {}
+def serve_memory(kept: dict[str, bytes] | None = None) -> Answer:
+    """An answer of a registry that keeps what it is sent, by path, without any check."""
+    kept = {} if kept is None else kept
 
     def answer(request: Handler) -> None:
         body = request.rfile.read(int(request.headers.get("Content-Length", 0)))

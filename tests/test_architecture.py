@@ -62,10 +62,13 @@ LAYERS = [
     {
         "execute",
         "drafts",
+        "recipes",
+        "provenance",
         "creation",
         "verification",
         "repairing",
         "rebuilding",
+        "refetching",
         "pruning",
         "moving",
         "pulling",

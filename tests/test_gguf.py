@@ -44,12 +44,13 @@ from ggufs import (
     write_gguf,
 )
 from quantmill.checkpoint import Checkpoint
-from quantmill.creation import Request, create, plan, plan_for
+from quantmill.creation import create, plan, plan_for
 from quantmill.elements import to_bf16
 from quantmill.errors import BadRequest, BadSource
 from quantmill.formats import DTYPE_BYTES
 from quantmill.ggufsource import PIECE, GgufCheckpoint, open_gguf
 from quantmill.opening import open_source
+from quantmill.recipes import Request
 from quantmill.source import OpenSource
 from quantmill.store import Store
 from quantmill.verification import verify

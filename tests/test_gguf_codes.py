@@ -31,7 +31,7 @@ from ggufs import (
     write_gguf,
 )
 from quantmill.coding import recoded
-from quantmill.creation import Request, create, plan, plan_for
+from quantmill.creation import create, plan, plan_for
 from quantmill.errors import BadPlan, BadRequest, BadWeights
 from quantmill.formats import Format
 from quantmill.ggmlblocks import split
@@ -42,6 +42,7 @@ from quantmill.model import Model
 from quantmill.planner import parse_override
 from quantmill.planreport import plan_rows, plan_summary
 from quantmill.plans import RECODE, Options, Plan, TensorSpec
+from quantmill.recipes import Request
 from quantmill.store import Store
 from quantmill.verification import verify
 from quantmill.weights import Quantized

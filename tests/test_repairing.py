@@ -21,6 +21,7 @@ from quantmill.manifest import BlobRef, Manifest
 from quantmill.planner import parse_override
 from quantmill.plans import Options
 from quantmill.rebuilding import FromSource
+from quantmill.refetching import Known
 from quantmill.repairing import BlobProvider, Step, plan_repair, repair
 from quantmill.store import Store
 from quantmill.verification import verify
@@ -52,7 +53,10 @@ def bend(store: Store, ref: BlobRef) -> None:
 
 
 def repaired(store: Store, provider: BlobProvider | None) -> tuple[Step, ...]:
-    return repair(store, plan_repair(store, verify(store), provider), provider)
+    def providers(_: Manifest) -> Sequence[BlobProvider]:
+        return (provider,) if provider else ()
+
+    return repair(store, plan_repair(store, verify(store), providers), providers)
 
 
 def aside(store: Store) -> list[str]:
@@ -138,8 +142,8 @@ def test_a_plan_changes_nothing(store: Store, source: Path) -> None:
     ref = make(store, source).tensor_refs()[0]
     bend(store, ref)
     disk = ModelDisk(store.root)
-    provider = FromSource(str(source))
-    (step,) = plan_repair(Store(store.root, disk), verify(store), provider)
+    known = Known(store, str(source))
+    (step,) = plan_repair(Store(store.root, disk), verify(store), known)
     assert (step.digest, step.models, step.action) == (ref.digest, ("m:latest",), "rebuild")
     assert disk.done == 0
 
@@ -156,6 +160,7 @@ class Mirror:
     """Another store with the same blobs, as a registry would be."""
 
     name = "a mirror"
+    required = False
 
     def __init__(self, other: Store) -> None:
         self._other = other

@@ -12,9 +12,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from packers import CASES, Case
-from quantmill.creation import Request, plan_for
+from quantmill.creation import plan_for
 from quantmill.errors import BadSource, QuantmillError
 from quantmill.formats import DTYPE_BYTES
+from quantmill.recipes import Request
 from quantmill.schemes import recognise
 from quantmill.source import Source, SourceTensor
 from sources import source_of

@@ -377,7 +377,7 @@ def test_an_unreadable_manifest_is_corrupt(store: Store, monkeypatch: pytest.Mon
             raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(store.disk, "read", refuse)
-    with pytest.raises(Corrupt, match="manifest of m:latest: .*: Permission denied"):
+    with pytest.raises(Corrupt, match=r"manifest of m:latest: .*: Permission denied"):
         store.get_manifest(NAME)
 
 

@@ -178,6 +178,19 @@ ComponentOption = Annotated[
 InsecureOption = Annotated[
     bool, typer.Option("--insecure", help="Allow plain HTTP to a registry across a network.")
 ]
+RepairOption = Annotated[
+    bool, typer.Option("--repair", help="Have damaged blobs again, or put them aside.")
+]
+FromOption = Annotated[
+    str | None,
+    typer.Option("--from", metavar="SOURCE", help="What the model was made from, and nobody else."),
+]
+PullOption = Annotated[
+    bool, typer.Option("--pull", help="Fetch from the registry that a model's name says, too.")
+]
+DryRepairOption = Annotated[
+    bool, typer.Option("--dry-run", help="Show what --repair would do, change nothing.")
+]
 HostArgument = Annotated[
     str | None, typer.Argument(metavar="[HOST]", help="A registry, registry.ollama.ai by default.")
 ]

@@ -9,14 +9,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from quantmill import mediatypes, modelconfig, pipelines, strictjson
+from quantmill import mediatypes, modelconfig, pipelines, provenance, strictjson
 from quantmill.adaptersource import with_adapter
 from quantmill.classify import FLOAT, Kind, classify
-from quantmill.digests import Digest
-from quantmill.drafts import Base, Numbers, open_with_draft, stored_base, with_draft
+from quantmill.digests import Digest, digest_of
+from quantmill.drafts import Base, open_with_draft, stored_base, with_draft
 from quantmill.errors import BadRequest, BadSource, Corrupt, StoreError
 from quantmill.execute import Progress, Written, recorded_options, write_blobs
-from quantmill.formats import parse_request
 from quantmill.manifest import BlobRef, manifest_bytes, parse_manifest
 from quantmill.modelfile import Modelfile, decode_modelfile, parse_modelfile
 from quantmill.names import ModelName, as_name
@@ -25,13 +24,11 @@ from quantmill.pacing import pace
 from quantmill.parts import naming
 from quantmill.planner import make_plan, merge_plans, plan_part
 from quantmill.plans import Options, Plan
+from quantmill.recipes import Recipe, Request
 from quantmill.source import ADAPTER, CONFIG, DRAFT, MODEL, MODEL_INDEX, OpenSource, Source
 from quantmill.space import require_space
 from quantmill.store import Store
 from quantmill.version import __version__
-
-DECODED = "bf16"
-"""The word that asks for decoded weights which are not quantized again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,47 +72,9 @@ def plan(
     headers and small files only. Raises BadSource, BadRequest and BadPlan as `create` does.
     """
     request = Request(quantize, group_size, requantize, draft_quantize)
-    base = _base(store, source, request, draft)
-    numbers = request.numbers(options)
-    with _opened(source, draft, merge_lora, base, numbers, follow_links, fetching) as checkpoint:
-        return plan_for(checkpoint.source, request, options)
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """The formats asked for: of float weights, or, after decoding, of quantized ones; of a draft.
-
-    A wrong word is told here, before anything is opened: raises BadRequest.
-    """
-
-    quantize: str | None = None
-    group_size: int | None = None
-    requantize: str | None = None
-    draft_quantize: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.requantize is not None and self.quantize:
-            raise BadRequest("--quantize and --requantize exclude each other", hint="give one")
-        parse_request(self.word, self.group_size)
-        parse_request(self.draft_quantize)
-
-    @property
-    def decode(self) -> bool:
-        """Whether quantized weights shall be decoded."""
-        return self.requantize is not None
-
-    def numbers(self, options: Options | None) -> Numbers:
-        """Of which parts of a model numbers are needed: a format is asked for, in whatever way."""
-        rules = options.overrides if options else ()
-        ruled = any(rule.format for rule in rules)
-        return Numbers(bool(self.decode or self.word) or ruled, bool(self.draft_quantize) or ruled)
-
-    @property
-    def word(self) -> str | None:
-        """The name of the format, None for numbers as they are."""
-        if self.requantize is None:
-            return self.quantize
-        return None if self.requantize.strip().lower() == DECODED else self.requantize
+    recipe = Recipe(source, request, options or Options(), None, draft, merge_lora, follow_links)
+    with opened(recipe, stored_base_of(store or Store(), recipe), fetching) as checkpoint:
+        return plan_for(checkpoint.source, request, recipe.options)
 
 
 def plan_for(source: Source, request: Request, options: Options | None = None) -> Plan:
@@ -191,10 +150,10 @@ def create(
     store = store or Store()
     request = Request(quantize, group_size, requantize, draft_quantize)
     draft = draft or (modelfile.draft if modelfile else None)
-    base = _base(store, source, request, draft)
     options = on_device(device, options or Options())
-    numbers = request.numbers(options)
-    with _opened(source, draft, merge_lora, base, numbers, follow_links, fetching) as checkpoint:
+    recipe = Recipe(source, request, options, modelfile, draft, merge_lora, follow_links)
+    base = stored_base_of(store, recipe)
+    with opened(recipe, base, fetching) as checkpoint:
         found = checkpoint.source
         decided = plan_for(found, request, options)
         chosen = pace(decided, found.tensors, workers, memory)
@@ -206,6 +165,7 @@ def create(
             refs = [*written.refs, *small[1:]]
             entries = _entries(base, refs) if draft else refs
             raw = _publish(store, target, small[0], entries, base)
+            provenance.note_recipe(store, digest_of(raw), recipe)
     return _created(store, target, decided, raw, written, base)
 
 
@@ -241,12 +201,14 @@ def _created(
     )  # fmt: skip
 
 
-def _base(
-    store: Store | None, source: str | Path, request: Request, draft: str | Path | None
-) -> Base | None:
-    """The stored model that a draft model is added to, None where `source` is a checkpoint."""
+def stored_base_of(store: Store, recipe: Recipe) -> Base | None:
+    """The stored model that a draft model is added to, None where the source is a checkpoint.
+
+    Raises BadRequest where its weights should change, BadSource and Corrupt as `stored_base` does.
+    """
+    draft, request = recipe.draft, recipe.request
     modelconfig.check_draft_request(str(draft) if draft else None, request.draft_quantize)
-    base = stored_base(store or Store(), source) if draft else None
+    base = stored_base(store, recipe.source) if draft else None
     if base and (request.word or request.decode):
         raise BadRequest(
             f"{base.name.display} is in the store already: its weights stay as they are",
@@ -256,26 +218,18 @@ def _base(
     return base
 
 
-def _opened(
-    source: str | Path,
-    draft: str | Path | None,
-    adapter: str | Path | None,
-    base: Base | None,
-    numbers: Numbers,
-    follow_links: bool,
-    fetching: Report | None = None,
-) -> OpenSource:
-    place = locate(source, fetching) if base is None else source
-    if adapter is not None:  # it is added to numbers
-        numbers = replace(numbers, of_model=True)
-    if draft is None:
-        opened = open_source(place, follow_links=follow_links, decode=numbers.of_model)
+def opened(recipe: Recipe, base: Base | None, fetching: Report | None = None) -> OpenSource:
+    """Everything that a recipe reads, fetched first where it is on the hub; raises BadSource."""
+    place = locate(recipe.source, fetching) if base is None else recipe.source
+    links, numbers = recipe.follow_links, recipe.numbers
+    if recipe.draft is None:
+        found = open_source(place, follow_links=links, decode=numbers.of_model)
     else:
-        small = locate(draft, fetching)
-        opened = open_with_draft(place, small, base, numbers, follow_links=follow_links)
-    if adapter is None:
-        return opened
-    return with_adapter(opened, adapter, follow_links=follow_links)
+        small = locate(recipe.draft, fetching)
+        found = open_with_draft(place, small, base, numbers, follow_links=links)
+    if recipe.merge_lora is None:
+        return found
+    return with_adapter(found, recipe.merge_lora, follow_links=links)
 
 
 def _entries(base: Base | None, written: Sequence[BlobRef]) -> list[BlobRef]:

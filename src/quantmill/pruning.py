@@ -10,7 +10,7 @@ from pathlib import Path
 from quantmill.digests import Digest
 from quantmill.errors import Busy, Corrupt, NotFound, StoreError
 from quantmill.files import is_folder
-from quantmill.manifest import BlobRef
+from quantmill.manifest import BlobRef, Manifest
 from quantmill.names import ModelName, as_name, as_names
 from quantmill.store import BlobFile, Store
 
@@ -44,13 +44,14 @@ class Removed:
 
 def referenced(store: Store) -> set[Digest]:
     """Every digest that some manifest names; raises Corrupt if one cannot be read."""
-    found: set[Digest] = set()
+    return {ref.digest for manifest in _manifests(store) for ref in manifest.all_refs()}
+
+
+def _manifests(store: Store) -> list[Manifest]:
+    found = []
     for stored in store.list_names():
-        try:
-            manifest = store.get_manifest(stored.name)
-        except NotFound:  # removed meanwhile
-            continue
-        found.update(ref.digest for ref in manifest.all_refs())
+        with suppress(NotFound):  # removed meanwhile
+            found.append(store.get_manifest(stored.name))
     return found
 
 
@@ -61,15 +62,17 @@ def plan_prune(store: Store, older_than: float = GRACE_SECONDS) -> PrunePlan:
     """
     there = store.list_blobs()  # before the manifests: what is named meanwhile is then seen
     try:
-        needed = referenced(store)
+        manifests = _manifests(store)
     except Corrupt as error:
         raise Corrupt(
             error.message,
             kind=error.kind,
             hint="nothing is pruned while a manifest is unreadable; remove or replace that model",
         ) from None
+    needed = {ref.digest for manifest in manifests for ref in manifest.all_refs()}
+    notes = {store.provenance_of(manifest.digest) for manifest in manifests}
     loose = [blob for blob in there if blob.digest not in needed]
-    loose += store.stale_files()
+    loose += [file for file in store.stale_files() if file.path not in notes]
     old = [blob for blob in loose if blob.age >= older_than]
     return PrunePlan(
         tuple(b for b in old if b.digest is not None),

@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quantmill import strictjson
+from quantmill import provenance, strictjson
 from quantmill.addresses import registry_origin
 from quantmill.blobwriter import Pending
 from quantmill.credentials import Login, find_login
@@ -42,6 +42,9 @@ PROBE = 2**20
 
 NOTED = 8 * 2**20
 """After so many bytes it is noted what has arrived."""
+
+_OF_ONE_BLOB = frozenset({"not_found", "wrong_size", "digest_mismatch"})
+"""Kinds of errors that say nothing about the other blobs of a repository."""
 
 FindLogin = Callable[[str], Login | None]
 
@@ -75,17 +78,53 @@ def pull(
     """
     name = as_name(name)
     store = store if isinstance(store, Store) else Store(store)
+    with _registry_of(name, insecure, patience, find) as registry:
+        raw = registry.manifest(name.parts[-1])
+        refs = _described(raw, name, registry.origin.shown)
+        with store.writing():
+            return _into_store(registry, store, name, raw, refs, progress)
+
+
+def fetch(
+    name: ModelName,
+    refs: Sequence[BlobRef],
+    store: Store,
+    *,
+    insecure: bool = False,
+    patience: Patience | None = None,
+    find: FindLogin = find_login,
+) -> None:
+    """Fetch blobs from the repository of a model, whatever its manifest says by now.
+
+    The store's lock is held. Raises what `pull` raises; blobs that the repository lacks, or has
+    damaged, are passed over.
+    """
+    with _registry_of(name, insecure, patience, find) as registry:
+        try:
+            _Fetching(registry, store, name, Meter(refs, None)).all(refs)
+            return
+        except RegistryError as error:
+            if error.kind not in _OF_ONE_BLOB:
+                raise
+    for ref in refs:  # the first failure has stopped the others
+        if not store.holds(ref.digest, ref.size):
+            with _registry_of(name, insecure, patience, find) as registry:
+                try:
+                    _Fetching(registry, store, name, Meter([ref], None)).all([ref])
+                except RegistryError as error:
+                    if error.kind not in _OF_ONE_BLOB:
+                        raise
+
+
+def _registry_of(
+    name: ModelName, insecure: bool, patience: Patience | None, find: FindLogin
+) -> Registry:
     origin = registry_origin(name, insecure=insecure)
-    host, namespace, model, tag = name.parts
-    registry = Registry(
+    host, namespace, model, _ = name.parts
+    return Registry(
         origin, f"{namespace}/{model}", login=lambda: find(host), patience=patience,
         connections=2 * STREAMS,
     )  # fmt: skip
-    with registry:
-        raw = registry.manifest(tag)
-        refs = _described(raw, name, origin.shown)
-        with store.writing():
-            return _into_store(registry, store, name, raw, refs, progress)
 
 
 def _into_store(
@@ -113,6 +152,7 @@ def _into_store(
     manifest = Manifest(None, (), raw)
     if _current(store, name) != raw:
         store.put_manifest(name, raw)
+    provenance.note_registry(store, manifest.digest, name)
     resumed = fetch.resumed
     return Pulled(
         store.spelling(name), manifest.digest, sum(r.size for r in refs), len(refs), len(lacking),

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlencode, urlsplit, urlunsplit
 
-from quantmill import mediatypes, strictjson
+from quantmill import mediatypes, provenance, strictjson
 from quantmill.addresses import redirect_target, registry_origin
 from quantmill.credentials import find_login
 from quantmill.digests import Digest
@@ -83,6 +83,7 @@ def push(
         sending = _Sending(registry, store, name, meter, _neighbours(store, target, refs))
         sending.all(sorted(refs.values(), key=lambda ref: (-ref.size, ref.digest)))
         registry.patiently(lambda: _put_manifest(registry, tag, manifest))
+    provenance.note_registry(store, manifest.digest, target)
     return Pushed(
         replace(target.resolved, scheme=None), manifest.digest,
         sum(ref.size for ref in refs.values()), len(refs),

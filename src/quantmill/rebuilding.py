@@ -1,4 +1,7 @@
-"""Blobs made again from the source of their model, by the options that the model records."""
+"""Blobs made again from the source of their model, by the recipe that was noted of it.
+
+Where none was, as for models of other programs, it is guessed from what the model itself records.
+"""
 
 from __future__ import annotations
 
@@ -7,28 +10,51 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from quantmill import mediatypes, strictjson
-from quantmill.creation import Request, plan_for, small_blobs
-from quantmill.digests import digest_of
+from quantmill import mediatypes, provenance, strictjson
+from quantmill.creation import opened, plan_for, small_blobs, stored_base_of
+from quantmill.digests import Digest, digest_of
+from quantmill.drafts import Base
 from quantmill.errors import BadPlan, BadRequest, QuantmillError
 from quantmill.execute import write_blobs
 from quantmill.formats import FORMAT_NAMES
 from quantmill.manifest import BlobRef, Manifest
-from quantmill.opening import locate, open_source
 from quantmill.pacing import pace
 from quantmill.planner import parse_override
 from quantmill.plans import Options, Plan
+from quantmill.recipes import Recipe, Request
 from quantmill.source import OpenSource
 from quantmill.store import Store
 from quantmill.verification import MAX_JSON
 
 
-class FromSource:
-    """A checkpoint directory or GGUF file, as `create` reads it.
+class FromRecipe:
+    """The sources that a model was made from, as a note says."""
 
-    What a model does not record, rules of its own for tensors, is found by size: of a blob whose
-    planned size differs, each format is tried that gives the right one. The digest decides.
+    required = False
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._recipe = recipe
+
+    @property
+    def name(self) -> str:
+        """The source as it was given."""
+        return str(self._recipe.source)
+
+    def provide(self, store: Store, manifest: Manifest, wanted: Sequence[BlobRef]) -> None:
+        """Commit those of the wanted blobs that the recipe gives."""
+        del manifest  # the recipe says all
+        _follow(store, self._recipe, wanted)
+
+
+class FromSource:
+    """A checkpoint directory or GGUF file that the user names.
+
+    Without a recipe for the model, what it does not record, rules of its own for tensors, is found
+    by size: of a blob whose planned size differs, each format is tried that gives the right one.
+    The digest decides.
     """
+
+    required = True
 
     def __init__(self, source: str) -> None:
         self._source = source
@@ -40,14 +66,33 @@ class FromSource:
 
     def provide(self, store: Store, manifest: Manifest, wanted: Sequence[BlobRef]) -> None:
         """Commit those of the wanted blobs that the source gives."""
-        left = {ref.digest: ref for ref in wanted}
-        for word, options in _recorded(store, manifest):
-            with open_source(locate(self._source, None), decode=bool(word)) as checkpoint:
-                for planned in _plans(checkpoint, word, options, list(left.values())):
-                    _make(store, checkpoint, planned, list(left.values()))
-                    left = {d: r for d, r in left.items() if not store.holds(d, r.size)}
+        for recipe in provenance.recipes(store, manifest.digest):
+            if recipe.draft or recipe.merge_lora:
+                # of several inputs one is named here: the others may be gone
+                with suppress(QuantmillError):
+                    _follow(store, replace(recipe, source=self._source), wanted)
+            else:
+                _follow(store, replace(recipe, source=self._source), wanted)
+        left = _lacking(store, wanted)
+        for word, options in _recorded(store, manifest) if left else ():
+            recipe = Recipe(self._source, Request(word), options)
+            with opened(recipe, None) as checkpoint:
+                for planned in _plans(checkpoint, word, options, left):
+                    _make(store, checkpoint, planned, left)
+                    left = _lacking(store, left)
                     if not left:
                         return
+
+
+def _follow(store: Store, recipe: Recipe, wanted: Sequence[BlobRef]) -> None:
+    base = stored_base_of(store, recipe)
+    with opened(recipe, base) as checkpoint:
+        planned = plan_for(checkpoint.source, recipe.request, recipe.options)
+        _make(store, checkpoint, planned, _lacking(store, wanted), recipe, base)
+
+
+def _lacking(store: Store, wanted: Sequence[BlobRef]) -> list[BlobRef]:
+    return [ref for ref in wanted if not store.holds(ref.digest, ref.size)]
 
 
 def _recorded(store: Store, manifest: Manifest) -> list[tuple[str | None, Options]]:
@@ -94,7 +139,14 @@ def _plan(checkpoint: OpenSource, word: str | None, options: Options) -> Plan | 
         return None
 
 
-def _make(store: Store, checkpoint: OpenSource, planned: Plan, wanted: Sequence[BlobRef]) -> None:
+def _make(
+    store: Store,
+    checkpoint: OpenSource,
+    planned: Plan,
+    wanted: Sequence[BlobRef],
+    recipe: Recipe | None = None,
+    base: Base | None = None,
+) -> None:
     sizes = {(ref.name, ref.size) for ref in wanted if ref.media_type == mediatypes.TENSOR}
     blobs = tuple(blob for blob in planned.blobs if (blob.name, blob.size) in sizes)
     if blobs:
@@ -102,9 +154,10 @@ def _make(store: Store, checkpoint: OpenSource, planned: Plan, wanted: Sequence[
         write_blobs(
             part, checkpoint, store, pace=pace(part, checkpoint.source.tensors), restart=True
         )
-    digests = {ref.digest for ref in wanted}
+    digests: set[Digest] = {ref.digest for ref in wanted}
     pending = []
-    for _, _, data in small_blobs(checkpoint, planned, None, None):
+    modelfile = recipe.modelfile if recipe else None
+    for _, _, data in small_blobs(checkpoint, planned, modelfile, base):
         if digest_of(data) in digests:
             with store.new_blob() as writer:
                 writer.write(data)

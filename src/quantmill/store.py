@@ -382,8 +382,17 @@ class Store:
         """Folder of blobs that are being fetched (partials.py)."""
         return self.root / OWN_FOLDER / "partial"
 
+    @property
+    def provenance(self) -> Path:
+        """Folder of the notes on where models came from (provenance.py)."""
+        return self.root / OWN_FOLDER / "provenance"
+
+    def provenance_of(self, manifest: Digest) -> Path:
+        """Where the notes on a model lie, whether or not there are any."""
+        return self.provenance / f"{manifest.hex}.jsonl"
+
     def stale_files(self) -> list[BlobFile]:
-        """Temporary files that an interrupted `put_manifest` left, journals, blobs half fetched."""
+        """Temporary files that an interrupted `put_manifest` left, and what lies in own folders."""
         now = time.time()
         found = [f for f in self._manifest_files() if f[0].name.startswith(TEMP_MANIFEST)]
         for path in (

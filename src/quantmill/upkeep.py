@@ -8,10 +8,15 @@ import typer
 
 from quantmill import terminal
 from quantmill.arguments import (
+    DryRepairOption,
+    FromOption,
+    InsecureOption,
     JsonOption,
     NameArgument,
     NamesArgument,
     OptionalNameArgument,
+    PullOption,
+    RepairOption,
     StoreOption,
     WorkersOption,
     parse_model_name,
@@ -24,16 +29,11 @@ EXIT_DAMAGE = 1
 
 def verify(
     name: OptionalNameArgument = None,
-    repair: Annotated[
-        bool, typer.Option("--repair", help="Rebuild damaged blobs, or put them aside.")
-    ] = False,
-    source: Annotated[
-        str | None,
-        typer.Option("--from", metavar="SOURCE", help="What the model was created from."),
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what --repair would do, change nothing.")
-    ] = False,
+    repair: RepairOption = False,
+    source: FromOption = None,
+    pull: PullOption = False,
+    insecure: InsecureOption = False,
+    dry_run: DryRepairOption = False,
     workers: WorkersOption = None,
     store: StoreOption = None,
     json_output: JsonOption = False,
@@ -42,10 +42,14 @@ def verify(
 
     Exit code 1 when something is damaged, and stays so.
     """
-    from quantmill import rebuilding, repairing, report, verification
+    from quantmill import repairing, report, verification
 
-    if not repair and (source or dry_run):
-        raise BadRequest("--from and --dry-run belong to --repair", hint="add --repair")
+    if not repair and (source or pull or insecure or dry_run):
+        raise BadRequest(
+            "--from, --pull, --insecure and --dry-run belong to --repair", hint="add --repair"
+        )
+    if source and pull:
+        raise BadRequest("--from and --pull exclude each other", hint="give one")
     names, where = None if name is None else [parse_model_name(name)], store_at(store)
     with terminal.progress(not json_output) as bar:
         found = verification.verify(
@@ -56,11 +60,13 @@ def verify(
         )
     repaired = None
     if repair:
-        provider = rebuilding.FromSource(source) if source else None
-        planned = repairing.plan_repair(where, found, provider)
+        from quantmill.refetching import Known
+
+        known = Known(where, source, pull, insecure)
+        planned = repairing.plan_repair(where, found, known)
         if not json_output:
             terminal.print_lines(report.repair_lines(planned, planned=True))
-        repaired = planned if dry_run else repairing.repair(where, planned, provider)
+        repaired = planned if dry_run else repairing.repair(where, planned, known)
     if json_output:
         terminal.print_json(report.verified_json(found, repaired))
     else:

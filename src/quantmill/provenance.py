@@ -1,0 +1,66 @@
+"""Notes on where the models of a store came from, so that what is damaged can be had again.
+
+    <root>/.quantmill/provenance/<64 hex digits of the manifest's digest>.jsonl
+
+A line is `{"recipe": …}` for what `create` was asked, or `{"registry": "host/namespace/model:tag"}`
+for a registry that the model was pulled from or pushed to. A note is a hint: what it leads to is
+taken by its digest alone, and a note that cannot be written or read is no error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from typing import Any
+
+from quantmill import strictjson
+from quantmill.digests import Digest
+from quantmill.errors import BadName, StoreError
+from quantmill.names import ModelName, parse_name
+from quantmill.recipes import Recipe, as_record, from_record
+from quantmill.store import Store
+
+_MAX_BYTES = 1 << 22
+_RECIPE, _REGISTRY = "recipe", "registry"
+
+
+def note_recipe(store: Store, manifest: Digest, recipe: Recipe) -> None:
+    """Note what a model was made from."""
+    _note(store, manifest, {_RECIPE: as_record(recipe)})
+
+
+def note_registry(store: Store, manifest: Digest, name: ModelName) -> None:
+    """Note a registry that holds a model, by the model's name there."""
+    _note(store, manifest, {_REGISTRY: str(name.resolved)})
+
+
+def recipes(store: Store, manifest: Digest) -> list[Recipe]:
+    """What the model was made from, the latest first."""
+    found = [from_record(line[_RECIPE]) for line in _lines(store, manifest) if _RECIPE in line]
+    return [recipe for recipe in reversed(found) if recipe is not None]
+
+
+def registries(store: Store, manifest: Digest) -> list[ModelName]:
+    """Names in registries that hold the model, the latest first."""
+    found = []
+    for line in _lines(store, manifest):
+        with suppress(BadName, TypeError):
+            if _REGISTRY in line:
+                found.append(parse_name(line[_REGISTRY]))
+    return found[::-1]
+
+
+def _note(store: Store, manifest: Digest, line: Mapping[str, Any]) -> None:
+    with suppress(StoreError):
+        if line not in list(_lines(store, manifest)):
+            # the first line end shuts off a line that was torn
+            data = b"\n" + strictjson.canonical(line) + b"\n"
+            store.disk.append(store.provenance_of(manifest), data)
+
+
+def _lines(store: Store, manifest: Digest) -> Iterator[Mapping[str, Any]]:
+    with suppress(StoreError):
+        found = store.disk.read_file(store.provenance_of(manifest), _MAX_BYTES)
+        for line in filter(None, found.splitlines()):
+            with suppress(strictjson.BadJson):
+                yield strictjson.parse_object(line)
