@@ -20,7 +20,7 @@ from quantmill.addresses import registry_origin
 from quantmill.blobwriter import Pending
 from quantmill.credentials import Login, find_login
 from quantmill.digests import Digest
-from quantmill.errors import Corrupt, NoSpace, NotFound, RegistryError
+from quantmill.errors import Corrupt, NoSpace, RegistryError
 from quantmill.manifest import BlobRef, Manifest, parse_manifest
 from quantmill.moving import Meter, Report
 from quantmill.names import ModelName, as_name
@@ -150,21 +150,13 @@ def _into_store(
         if store.blob_size(ref.digest) != ref.size:
             raise Corrupt(f"blob {ref.digest.short} of {name.display} has the wrong size")
     manifest = Manifest(None, (), raw)
-    if _current(store, name) != raw:
-        store.put_manifest(name, raw)
+    store.put_manifest(name, raw)  # also where it is there: it may not be durable
     provenance.note_registry(store, manifest.digest, name)
     resumed = fetch.resumed
     return Pulled(
         store.spelling(name), manifest.digest, sum(r.size for r in refs), len(refs), len(lacking),
         needed - resumed, resumed,
     )  # fmt: skip
-
-
-def _current(store: Store, name: ModelName) -> bytes | None:
-    try:
-        return store.get_manifest(name).raw
-    except (NotFound, Corrupt):
-        return None
 
 
 def _there(store: Store, refs: Iterable[BlobRef]) -> int:

@@ -116,6 +116,7 @@ def repair(store: Store, steps: Sequence[Step], providers: Providers = nobody) -
             done.append(replace(step, done=True))
         else:
             done.append(_put_aside(store, step, step.digest, why.get(step.digest, [])))
+    store.settle_blobs()  # what an earlier run did and could not sync, too
     return tuple(done)
 
 

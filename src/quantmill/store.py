@@ -224,13 +224,17 @@ class Store:
         """Folder of files that were found under the name of a blob whose bytes they do not hold."""
         return self.root / OWN_FOLDER / "quarantine"
 
+    def settle_blobs(self) -> None:
+        """Make durable which blobs have their names, and which are aside, whoever did it."""
+        for folder in (self.quarantine, self.blobs):
+            with suppress(NotFound):  # there is none
+                self.disk.sync_folder(folder)
+
     def put_aside(self, digest: Digest) -> Path:
-        """Move a damaged blob to the quarantine; where it is now."""
+        """Move a damaged blob to the quarantine, durable after `settle_blobs`; where it is now."""
         self.disk.make_folder(self.quarantine)
         target = self.quarantine / f"{digest.file_name}-{os.urandom(4).hex()}"
         self.disk.rename(self.blob_path(digest), target)
-        self.disk.sync_folder(self.quarantine)
-        self.disk.sync_folder(self.blobs)
         return target
 
     def remove_if_old(self, file: BlobFile, older_than: float) -> bool:
