@@ -36,7 +36,8 @@ def note_registry(store: Store, manifest: Digest, name: ModelName) -> None:
 
 def recipes(store: Store, manifest: Digest) -> list[Recipe]:
     """What the model was made from, the latest first."""
-    found = [from_record(line[_RECIPE]) for line in _lines(store, manifest) if _RECIPE in line]
+    said = [line.get(_RECIPE) for line in _lines(store, manifest)]
+    found = [from_record(record) for record in said if isinstance(record, dict)]
     return [recipe for recipe in reversed(found) if recipe is not None]
 
 
@@ -44,9 +45,10 @@ def registries(store: Store, manifest: Digest) -> list[ModelName]:
     """Names in registries that hold the model, the latest first."""
     found = []
     for line in _lines(store, manifest):
-        with suppress(BadName, TypeError):
-            if _REGISTRY in line:
-                found.append(parse_name(line[_REGISTRY]))
+        said = line.get(_REGISTRY)
+        with suppress(BadName):
+            if isinstance(said, str):
+                found.append(parse_name(said))
     return found[::-1]
 
 

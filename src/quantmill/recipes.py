@@ -114,7 +114,8 @@ def from_record(record: Mapping[str, Any]) -> Recipe | None:
             record["source"], Request(**record["request"]), Options(**options), said,
             record["draft"], record["merge_lora"], record["follow_links"],
         )  # fmt: skip
-        return recipe if as_record(recipe) == record else None
+        known = isinstance(recipe.source, str) and as_record(recipe) == record
+        return recipe if known else None
     except (KeyError, TypeError, ValueError, AttributeError, QuantmillError):
         return None
 

@@ -399,12 +399,9 @@ class Store:
         """Temporary files that an interrupted `put_manifest` left, and what lies in own folders."""
         now = time.time()
         found = [f for f in self._manifest_files() if f[0].name.startswith(TEMP_MANIFEST)]
-        for path in (
-            p for folder in (self.journals, self.partials) for p in self.disk.scan(folder)
-        ):
-            info = self.disk.info(path)
-            if is_file(info):
-                found.append((path, info))
+        for folder in (self.journals, self.partials, self.provenance):
+            infos = [(path, self.disk.info(path)) for path in self.disk.scan(folder)]
+            found += [(path, info) for path, info in infos if is_file(info)]
         return [
             BlobFile(path, None, info.st_size, max(0.0, now - info.st_mtime))
             for path, info in sorted(found)
