@@ -83,7 +83,7 @@ def pull(
     )  # fmt: skip
     with registry:
         raw = registry.manifest(tag)
-        refs = _described(raw, name, origin.shown)
+        refs = described_refs(raw, name, origin.shown)
         with store.writing():
             return _into_store(registry, store, name, raw, refs, progress)
 
@@ -139,7 +139,7 @@ def _there(store: Store, refs: Iterable[BlobRef]) -> int:
 # -- the manifest ----------------------------------------------------------------------------------
 
 
-def _described(raw: bytes, name: ModelName, host: str) -> list[BlobRef]:
+def described_refs(raw: bytes, name: ModelName, host: str) -> list[BlobRef]:
     """The blobs that a manifest from outside names, each once; raises RegistryError."""
     shown = f"{name.display}, as {host} sends it"
     try:

@@ -317,7 +317,7 @@ class Registry:
         with suppress(Exception):
             told = b"".join(self._pieces(answer, what, _MAX_TOLD, exact=None)).decode()
         if status in _TEMPORARY:
-            after = _seconds(answer.headers.get("retry-after"))
+            after = seconds_until(answer.headers.get("retry-after"))
             return Temporary(f"{self.origin.shown} answers {status} about {what}", after)
         return refusal(self.origin.shown, status, told, what, self._tokens)
 
@@ -351,7 +351,7 @@ def _system_cause(error: BaseException | None) -> OSError | None:
     return None
 
 
-def _seconds(header: str | None) -> float | None:
+def seconds_until(header: str | None) -> float | None:
     """What Retry-After says, as seconds from now."""
     if header is None:
         return None
