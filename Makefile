@@ -6,7 +6,8 @@
 # make sweep     every file operation of every command fails, or is the last before a power cut
 # make crash     kill create and pull of a real model 100 times each, and let them work together with
 #                prune and rm for two minutes; the store must be whole each time
-# make fuzz      change inputs of the parsers for SECONDS (240), guided by the lines they reach
+# make fuzz      change inputs of the parsers, and answers of a registry, for SECONDS (240), guided by the
+#                lines they reach; what reaches further is kept in tests/data/corpus-kept
 # make sanitize  kernels compared with each other, under address and undefined-behaviour sanitizers
 # make arm64     the same for 64-bit Arm, emulated, without sanitizers
 # make clean     remove everything the others made
