@@ -269,6 +269,8 @@ def keep(target: str, inputs: list[bytes]) -> None:
     """Have a later run begin with these inputs, as far as they are short."""
     known = set(seeds(target))
     lines = [b64encode(i).decode() for i in inputs if i not in known and len(i) <= LONGEST_KEPT]
+    if not lines:
+        return
     KEPT.mkdir(exist_ok=True)
     (KEPT / f"{target}.txt").write_text("".join(f"{line}\n" for line in sorted(lines)))
 
