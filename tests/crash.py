@@ -36,7 +36,7 @@ from quantmill.store import Store
 from quantmill.verification import verify
 from registries import RealRegistry, real_registry
 
-FINISHED_EVERY = 5
+FINISHED_EVERY = 4
 """Of so many runs one is not killed."""
 
 BEFORE_WORK = 0.1

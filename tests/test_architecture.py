@@ -51,6 +51,7 @@ LAYERS = [
         "adaptersource",
         "hub",
         "patience",
+        "watching",
         "credentials",
         "registry",
         "registrytokens",

@@ -42,15 +42,15 @@ def test_a_pull_among_creates_and_prunes_loses_nothing(tmp_path: Path) -> None:
 def test_a_create_that_is_killed_leaves_a_whole_store(tmp_path: Path) -> None:
     """Kill -9 at random moments: all that has a name is whole (`make crash`: a real model)."""
     source = write_checkpoint(tmp_path / "source", layers(40, "a"))
-    tally = crash.kill_creates(tmp_path, source, 5)
+    tally = crash.kill_creates(tmp_path, source, 4)
     assert tally.finished
 
 
 def test_a_pull_that_is_killed_goes_on_where_it_was(tmp_path: Path) -> None:
     """Killed at random moments, and its registry too: nothing that had arrived comes again."""
     require_real_registry()
-    source = write_checkpoint(tmp_path / "source", layers(100, "a"))
-    tally = crash.kill_pulls(tmp_path, source, 5)
+    source = write_checkpoint(tmp_path / "source", layers(40, "a"))
+    tally = crash.kill_pulls(tmp_path, source, 4)
     assert tally.finished
 
 
