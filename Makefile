@@ -3,9 +3,12 @@
 # make check     format, lint, types
 # make bench     benchmarks; results in bench-results/
 # make official  tests that need the official libraries (torch, compressed-tensors), apart from the others
-# make sweep     every file operation of every command fails, or is the last before a power cut; long random walks
-# make crash     kill create 200 times at random moments; the store must be whole each time
-# make fuzz      change inputs of the parsers for SECONDS (240), guided by the lines they reach
+# make sweep     every file operation of every command fails, or is the last before a power cut; and
+#                long random walks
+# make crash     kill create and pull of a real model 100 times each, and let them work together with
+#                prune and rm for two minutes; the store must be whole each time
+# make fuzz      change inputs of the parsers, and answers of a registry, for SECONDS (240), guided by the
+#                lines they reach; what reaches further is kept in tests/data/corpus-kept
 # make sanitize  kernels compared with each other, under address and undefined-behaviour sanitizers
 # make arm64     the same for 64-bit Arm, emulated, without sanitizers
 # make clean     remove everything the others made
@@ -67,8 +70,10 @@ check: $(VENV)/.check
 sweep: $(VENV)/.test
 	QUANTMILL_SWEEP=1 $(BIN)/python -m pytest -n 2 tests/test_faults.py tests/test_walks.py
 
-crash: $(VENV)/.test
-	PYTHONPATH=tests $(BIN)/python tests/crash.py 200
+KILLS := 100
+TOGETHER := 120
+crash: $(VENV)/.test registry
+	PYTHONPATH=tests $(BIN)/python tests/crash.py $(KILLS) $(TOGETHER)
 
 SECONDS := 240
 fuzz: $(VENV)/.test

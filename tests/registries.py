@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -78,6 +79,11 @@ class RealRegistry:
     def requests(self, start: str) -> int:
         """How many requests began so, by the registry's access log."""
         return self._log.read_text().count(f'"{start}')
+
+    def sent_bytes(self, path: str) -> int:
+        """Bytes of the answers to GETs with this in their path, by the registry's log."""
+        answers = re.findall(r'"GET (\S+) HTTP/1.1" \d+ (\d+) ', self._log.read_text())
+        return sum(int(count) for asked, count in answers if path in asked)
 
     def blob_file(self, digest: Digest) -> Path:
         blobs = self._folder / "data" / "docker" / "registry" / "v2" / "blobs" / "sha256"

@@ -52,6 +52,7 @@ LAYERS = [
         "adaptersource",
         "hub",
         "patience",
+        "watching",
         "credentials",
         "registry",
         "registrytokens",

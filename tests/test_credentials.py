@@ -258,11 +258,12 @@ def test_addresses_that_make_no_sense() -> None:
 
 
 def test_where_redirects_may_lead() -> None:
-    """Relative, and to other hosts; never to plain HTTP, never with a password in the address."""
+    """Relative, and to other hosts; never to plain HTTP, with a password, or to an odd host."""
     base = "https://r.test/v2/a/m/blobs/x"
     assert redirect_target(base, "/y?z=1") == "https://r.test/y?z=1"
     assert redirect_target(base, "https://cdn.test/y") == "https://cdn.test/y"
-    for bad in ("http://r.test/y", "https://u:p@r.test/", "file:///x", "https://[", None, ""):
+    for bad in ("http://r.test/y", "https://u:p@r.test/", "file:///x", "https://[", None, "",
+                "https://cdn.test>-6/", "https://fa\xdf.test/", "https://cdn%2etest/"):  # fmt: skip
         with pytest.raises(RegistryError) as caught:
             redirect_target(base, bad)
         assert caught.value.kind == "bad_redirect"

@@ -13,6 +13,7 @@ from fakes import files, finished, put, put_model, write_file, writer_elsewhere
 from quantmill import pruning
 from quantmill.digests import Digest, digest_of
 from quantmill.errors import Busy, Corrupt, NotFound
+from quantmill.files import Disk
 from quantmill.manifest import manifest_bytes
 from quantmill.names import parse_name
 from quantmill.pruning import GRACE_SECONDS, copy, plan_prune, prune, remove
@@ -306,6 +307,21 @@ def test_a_missing_blob_does_not_stop_a_removal(store: Store) -> None:
     store.remove_blob(digest_of(b"entry"))
     removed = remove(store, [parse_name("m")])
     assert (removed.blobs, removed.nbytes) == (1, len(b"config"))
+    assert files(store) == {}
+
+
+def test_a_folder_that_is_swept_meanwhile_does_not_stop_a_removal(tmp_path: Path) -> None:
+    """A prune beside it may remove the folder that a name leaves empty, before it is synced."""
+
+    class Swept(Disk):
+        def remove(self, path: Path) -> None:
+            super().remove(path)
+            if path.name == "latest":
+                path.parent.rmdir()
+
+    store = Store(tmp_path, Swept())
+    put_model(store, "m", b"config")
+    assert remove(store, [parse_name("m")]).blobs == 1
     assert files(store) == {}
 
 

@@ -7,6 +7,7 @@ HTTP, nor from a public host into a private network.
 from __future__ import annotations
 
 import ipaddress
+import re
 from dataclasses import dataclass
 from urllib.parse import urljoin, urlsplit
 
@@ -14,6 +15,7 @@ from quantmill.errors import BadName, BadRequest, RegistryError
 from quantmill.names import ModelName
 
 _PORTS = {"http": 80, "https": 443}
+_HOST = re.compile(r"[0-9a-z_][0-9a-z._-]*|[0-9a-f:.]*:[0-9a-f:.]*")
 _TOKEN_HOSTS = {("registry-1.docker.io", "auth.docker.io")}
 """Registries whose tokens come from another host of the same owner: it may have the password."""
 
@@ -38,13 +40,19 @@ class Origin:
 
 
 def origin_of(url: str) -> Origin | None:
-    """The origin of an HTTP URL; None for other URLs, and for those that carry a password."""
+    """The origin of an HTTP URL; None for other URLs, and for those that carry a password.
+
+    Hosts are of plain letters and digits: of others the system and the HTTP client may make two
+    different ones, and what was checked would not be what is asked.
+    """
     try:
         parts = urlsplit(url)
         port = parts.port
     except ValueError:
         return None
     if parts.scheme not in _PORTS or not parts.hostname or "@" in parts.netloc:
+        return None
+    if not _HOST.fullmatch(parts.hostname):
         return None
     return Origin(parts.scheme, parts.hostname.lower(), port or _PORTS[parts.scheme])
 

@@ -131,7 +131,7 @@ def remove(store: Store, names: str | ModelName | Iterable[str | ModelName]) -> 
         except Corrupt:  # a broken manifest can be removed; what it named is prune's business
             continue
     for name in wanted.values():
-        store.remove_manifest(name)
+        _remove_name(store, name)
     try:
         with store.removing():
             loose = candidates - referenced(store)
@@ -141,6 +141,15 @@ def remove(store: Store, names: str | ModelName | Iterable[str | ModelName]) -> 
         return Removed(tuple(wanted.values()), 0, 0, len(candidates))
     sizes = [size for size in removed if size is not None]
     return Removed(tuple(wanted.values()), len(sizes), sum(sizes), 0)
+
+
+def _remove_name(store: Store, name: ModelName) -> None:
+    """Remove a name that was there a moment ago."""
+    try:
+        store.remove_manifest(name)
+    except NotFound:
+        # another process removed it just now, or its folder, which was empty without it
+        store.settle_names()
 
 
 def _remove_blob(store: Store, digest: Digest) -> int | None:

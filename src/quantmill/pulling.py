@@ -80,7 +80,7 @@ def pull(
     store = store if isinstance(store, Store) else Store(store)
     with _registry_of(name, insecure, patience, find) as registry:
         raw = registry.manifest(name.parts[-1])
-        refs = _described(raw, name, registry.origin.shown)
+        refs = described_refs(raw, name, registry.origin.shown)
         with store.writing():
             return _into_store(registry, store, name, raw, refs, progress)
 
@@ -168,7 +168,7 @@ def _there(store: Store, refs: Iterable[BlobRef]) -> int:
 # -- the manifest ----------------------------------------------------------------------------------
 
 
-def _described(raw: bytes, name: ModelName, host: str) -> list[BlobRef]:
+def described_refs(raw: bytes, name: ModelName, host: str) -> list[BlobRef]:
     """The blobs that a manifest from outside names, each once; raises RegistryError."""
     shown = f"{name.display}, as {host} sends it"
     try:

@@ -23,12 +23,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from quantmill import mediatypes
 from quantmill.addresses import Origin, is_loopback, is_public, origin_of, redirect_target
 from quantmill.credentials import Login
-from quantmill.digests import Digest
+from quantmill.digests import Digest, digest_of
 from quantmill.errors import BadRequest, RegistryError
 from quantmill.patience import Cancelled, Patience, Temporary, Tries
 from quantmill.registrytokens import Tokens, refusal
 from quantmill.spans import Span, parse_content_range
 from quantmill.version import __version__
+from quantmill.watching import Pace, Watch
 
 if TYPE_CHECKING:
     import httpx2
@@ -93,25 +94,23 @@ class Registry:
             trust_env=not is_loopback(origin.host),
         )
         self._tokens = Tokens(origin, login, self._fetch_token)
-        self._open: set[socket.socket] = set()
-        self._lock = threading.Lock()
+        self._watch = Watch(limit)
         self._answered = False
 
     def __enter__(self) -> Registry:
+        self._watch.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, _: object, trace: TracebackType | None
     ) -> None:
+        self._watch.close()
         self._client.close()
 
     def abort(self) -> None:
         """Stop all that is under way, from any thread."""
         self.stop.set()
-        with self._lock:
-            for connection in self._open:
-                with suppress(OSError):
-                    connection.shutdown(socket.SHUT_RDWR)
+        self._watch.break_all()
 
     def patiently(self, action: Callable[[], _T]) -> _T:
         """What the action returns, tried again as long as it fails for a time only."""
@@ -142,7 +141,12 @@ class Registry:
         accept = {"Accept": f"{mediatypes.MANIFEST}, {mediatypes.OCI_MANIFEST}"}
         what = f"{self.repository}:{tag}"
         with self.exchange("GET", self.url(f"manifests/{tag}"), what, headers=accept) as answer:
-            return b"".join(self._pieces(answer, what, MAX_MANIFEST, exact=None))
+            raw = b"".join(self._pieces(answer, what, MAX_MANIFEST, exact=None))
+            stated = answer.headers.get("docker-content-digest", "")
+            if stated.startswith("sha256:") and stated != str(digest_of(raw)):
+                raise self.error(f"sends a manifest of {what} that has another digest than it says",
+                                 "digest_mismatch")  # fmt: skip
+            return raw
 
     @contextmanager
     def blob(self, digest: Digest, size: int, span: Span) -> Iterator[Body]:
@@ -189,6 +193,7 @@ class Registry:
         """
         challenged = hops = 0
         while True:
+            self._guard(url)
             with self._request(method, url, dict(headers or {}), content, what) as answer:
                 status = answer.status_code
                 if status in accepted:
@@ -206,7 +211,6 @@ class Registry:
                 hops += 1
             if hops > MAX_HOPS:
                 raise self.error(f"redirects {what} more than {MAX_HOPS} times", "bad_redirect")
-            self._guard(url)
 
     @contextmanager
     def _request(
@@ -219,26 +223,23 @@ class Registry:
         known = self._tokens.header() if origin_of(url) == self.origin else None
         if known is not None:
             headers["Authorization"] = known
-        try:
-            request = self._client.build_request(
-                method, url, headers=headers, content=content() if content else None
-            )
-            answer = self._client.send(request, stream=True, auth=None)
-        except (httpx2.TransportError, httpx2.InvalidURL, UnicodeError, OSError) as error:
-            raise self._failure(error, url, what) from None
-        connection = _socket(answer)
-        with self._lock:
+        with self._watch.over() as pace:
+            try:
+                request = self._client.build_request(
+                    method, url, headers=headers, extensions={"trace": self._watch.trace},
+                    content=pace.counted(content()) if content else None,
+                )  # fmt: skip
+                answer = self._client.send(request, stream=True, auth=None)
+            except (httpx2.TransportError, httpx2.InvalidURL, UnicodeError, OSError) as error:
+                raise self._failure(error, url, what, pace) from None
             self._answered = True
-            if connection is not None:
-                self._open.add(connection)
-        try:
-            yield answer
-        finally:
-            with self._lock:
-                if connection is not None:
-                    self._open.discard(connection)
-            with suppress(Exception):
-                answer.close()
+            pace.connection = _socket(answer)
+            answer.extensions["pace"] = pace
+            try:
+                yield answer
+            finally:
+                with suppress(Exception):
+                    answer.close()
 
     def _pieces(
         self, answer: httpx2.Response, what: str, most: int, exact: int | None
@@ -246,10 +247,10 @@ class Registry:
         """The body as it comes: never more than `most` bytes, and `exact` where that is given."""
         import httpx2
 
-        limit, count = self.patience, 0
+        limit, count, pace = self.patience, 0, answer.extensions["pace"]
         since, before, clock = time.monotonic(), 0, time.monotonic
         try:
-            for piece in answer.iter_raw():
+            for piece in pace.counted(answer.iter_raw()):
                 count += len(piece)
                 if count > most:
                     raise self.error(f"sends more than {most} bytes of {what}", "wrong_size")
@@ -259,7 +260,7 @@ class Registry:
                         raise Temporary(f"{self.origin.shown} sends {what} too slowly")
                     since, before = clock(), count
         except (httpx2.TransportError, httpx2.StreamError, OSError) as error:
-            raise self._failure(error, str(answer.request.url), what) from None
+            raise self._failure(error, str(answer.request.url), what, pace) from None
         if exact is not None and count < exact:
             raise Temporary(f"{self.origin.shown} sends {count} bytes of {what} instead of {exact}")
 
@@ -282,7 +283,7 @@ class Registry:
         """An error about this registry that another try does not mend."""
         return RegistryError(f"{self.origin.shown} {message}", kind=kind, hint=hint)
 
-    def _failure(self, error: Exception, url: str, what: str) -> Exception:
+    def _failure(self, error: Exception, url: str, what: str, pace: Pace) -> Exception:
         """What a broken connection means; an address's query, which may be signed, stays out."""
         import httpx2
 
@@ -305,6 +306,8 @@ class Registry:
                 f"{host} cannot be reached: {reason}", kind="registry_unreachable",
                 hint="check the host's name, the port and the network",
             )  # fmt: skip
+        if pace.broken:
+            return Temporary(f"{host} is too slow about {what}")
         if isinstance(error, httpx2.TimeoutException):
             return Temporary(f"{host} has not answered in time about {what}")
         return Temporary(f"{host}: the connection broke during {what}")
@@ -314,7 +317,7 @@ class Registry:
         with suppress(Exception):
             told = b"".join(self._pieces(answer, what, _MAX_TOLD, exact=None)).decode()
         if status in _TEMPORARY:
-            after = _seconds(answer.headers.get("retry-after"))
+            after = seconds_until(answer.headers.get("retry-after"))
             return Temporary(f"{self.origin.shown} answers {status} about {what}", after)
         return refusal(self.origin.shown, status, told, what, self._tokens)
 
@@ -348,7 +351,7 @@ def _system_cause(error: BaseException | None) -> OSError | None:
     return None
 
 
-def _seconds(header: str | None) -> float | None:
+def seconds_until(header: str | None) -> float | None:
     """What Retry-After says, as seconds from now."""
     if header is None:
         return None

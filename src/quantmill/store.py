@@ -324,7 +324,8 @@ class Store:
             with suppress(StoreError):
                 self.disk.remove(path)
             raise
-        self.disk.sync_folder(target.parent)
+        with suppress(NotFound):  # somebody has removed the name already, and its folder
+            self.disk.sync_folder(target.parent)
 
     def remove_manifest(self, name: ModelName) -> None:
         """Remove a name, and folders that are empty without it; raises NotFound."""
