@@ -67,8 +67,11 @@ check: $(VENV)/.check
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+ROUNDS := $(VENV)/sweep-rounds
 sweep: $(VENV)/.test
-	QUANTMILL_SWEEP=1 $(BIN)/python -m pytest -n 2 tests/test_faults.py tests/test_walks.py
+	rm -f $(ROUNDS)
+	QUANTMILL_SWEEP=$(ROUNDS) $(BIN)/python -m pytest -n 2 tests/test_faults.py tests/test_walks.py
+	@echo "$$(wc -c < $(ROUNDS)) rounds"; rm -f $(ROUNDS)
 
 KILLS := 100
 TOGETHER := 120

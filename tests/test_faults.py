@@ -1,6 +1,6 @@
 """Every file operation of every command that writes fails, or is the last: the store stays whole.
 
-`make sweep` takes each operation in turn; the suite a few of them.
+`make sweep` takes each operation in turn and counts the rounds; the suite takes a few of them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from quantmill.verification import verify
 from registries import misbehaving, serve_memory
 
 FULL = bool(os.environ.get("QUANTMILL_SWEEP"))
-STRIDE = 1 if FULL else 9
+STRIDE = 1 if FULL else 11
 """Of so many operations the suite takes one, beginning with another one in each sweep."""
 
 TINY = {
@@ -189,6 +189,9 @@ def attempt(
     reads: bool = False,
 ) -> ModelDisk:
     """Run a command on a disk that fails, and leave what the disk would leave."""
+    if FULL:
+        with open(os.environ["QUANTMILL_SWEEP"], "a") as counted:
+            counted.write(".")
     root = root or case.root
     disk, failed = ModelDisk(root, how, at, before, reads=reads), False
     try:

@@ -233,6 +233,8 @@ class Store:
     def put_aside(self, digest: Digest) -> Path:
         """Move a damaged blob to the quarantine, durable after `settle_blobs`; where it is now."""
         self.disk.make_folder(self.quarantine)
+        for folder in (self.root, self.root / OWN_FOLDER):  # a killed command may have made them
+            self.disk.sync_folder(folder)
         target = self.quarantine / f"{digest.file_name}-{os.urandom(4).hex()}"
         self.disk.rename(self.blob_path(digest), target)
         return target
