@@ -266,3 +266,22 @@ def test_the_commands_from_end_to_end(
     found = call("verify")
     assert isinstance(found, dict)
     assert found["ok"]
+
+
+def test_repair_fetches_what_is_damaged(
+    registry: RealRegistry, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Pulled, then harmed: the plan names the registry, and only what is damaged is fetched."""
+    ours, theirs = Store(tmp_path / "ours"), Store(tmp_path / "theirs")
+    name = f"{registry.host}/alice/m:v1"
+    create(name, write_checkpoint(tmp_path / "c", SMALL), store=ours, quantize="int4")
+    push(name, store=ours, find=nobody)
+    pull(name, store=theirs, find=nobody)
+    bent, gone = theirs.get_manifest(parse_name(name)).tensor_refs()[:2]
+    theirs.blob_path(bent.digest).write_bytes(b"x")
+    theirs.remove_blob(gone.digest)
+    gets = registry.requests("GET /v2/alice/m/blobs/")
+    assert run(["verify", "--repair", "--store", str(theirs.root)]) == 0
+    assert capsys.readouterr().out.count(f"would: rebuild from registry {name}") == 2
+    assert registry.requests("GET /v2/alice/m/blobs/") == gets + 2
+    assert files(ours) == files(theirs)

@@ -244,15 +244,22 @@ def repair_lines(steps: Iterable[Step], *, planned: bool) -> list[str]:
     return lines
 
 
-def verified_lines(found: Verified) -> list[str]:
-    """The result of `verify` for people."""
+def damage_lines(found: Verified) -> list[str]:
+    """What `verify` found for people, a line each."""
     lines = []
     for d in found.damage:
         hurt = f"hurts {', '.join(d.models)}" if d.models else "no model uses it"
         lines.append(f"damaged: {d.message} ({hurt})")
+    return lines
+
+
+def verified_line(found: Verified, repaired: Sequence[Step] | None = None) -> str:
+    """The result of `verify` for people, and of its repair where steps were taken."""
     state = "all good" if not found.damage else f"{len(found.damage)} damaged"
+    if repaired:
+        state += f", {sum(step.done for step in repaired)} of them put right"
     checked = f"{plural(found.models, 'model')}, {plural(found.blobs, 'blob')}"
-    return [*lines, f"checked {checked}, {bytes_text(found.nbytes)}: {state}"]
+    return f"checked {checked}, {bytes_text(found.nbytes)}: {state}"
 
 
 def answer_json(text: str, last: Piece | None) -> dict[str, Any]:

@@ -58,20 +58,24 @@ def verify(
             bar and (lambda done, total: bar(done, total, "verifying")),
             workers=workers,
         )
+    if not json_output:
+        terminal.print_lines(report.damage_lines(found))
     repaired = None
     if repair:
         from quantmill.refetching import Known
 
         known = Known(where, source, pull, insecure)
-        planned = repairing.plan_repair(where, found, known)
+        repaired = repairing.plan_repair(where, found, known)
         if not json_output:
-            terminal.print_lines(report.repair_lines(planned, planned=True))
-        repaired = planned if dry_run else repairing.repair(where, planned, known)
+            terminal.print_lines(report.repair_lines(repaired, planned=True))
+        if not dry_run:
+            repaired = repairing.repair(where, repaired, known)
     if json_output:
         terminal.print_json(report.verified_json(found, repaired))
     else:
-        done = report.repair_lines(repaired or (), planned=False) if not dry_run else []
-        terminal.print_lines([*done, *report.verified_lines(found)])
+        taken = None if dry_run else repaired
+        done = report.repair_lines(taken or (), planned=False)
+        terminal.print_lines([*done, report.verified_line(found, taken)])
     if found.damage and not (repaired and all(step.done for step in repaired)):
         raise typer.Exit(EXIT_DAMAGE)
 
