@@ -218,7 +218,7 @@ def test_the_command_shows_its_plan_and_exits_right(
     bend(store, make(store, source).tensor_refs()[0])
     command = ["verify", "--repair", "--from", str(source), "--store", str(store.root)]
     assert run([*command, "--dry-run"]) == 1
-    assert "would: rebuild from" in capsys.readouterr().out
+    assert "would: rebuild blob" in capsys.readouterr().out
     assert verify(store).damage
     assert run([*command, "--json"]) == 0
     (step,) = json.loads(capsys.readouterr().out)["repair"]

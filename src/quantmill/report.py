@@ -239,8 +239,12 @@ def repair_lines(steps: Iterable[Step], *, planned: bool) -> list[str]:
     """The steps of a repair for people, before or after they are taken."""
     lines = []
     for step in steps:
-        state = "would" if planned else "did" if step.done else "not whole"
-        lines.append(f"{state}: {step.action} {step.detail}: {step.message}")
+        what = f"blob {step.digest.short}" if step.digest else step.message
+        if step.action == "report":
+            lines.append(f"left: {what}: {step.detail}")
+        else:
+            state = "would" if planned else "did" if step.done else "not whole"
+            lines.append(f"{state}: {step.action} {what} {step.detail}")
     return lines
 
 

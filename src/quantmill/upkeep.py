@@ -58,24 +58,25 @@ def verify(
             bar and (lambda done, total: bar(done, total, "verifying")),
             workers=workers,
         )
-    if not json_output:
-        terminal.print_lines(report.damage_lines(found))
+    lines = report.damage_lines(found)
     repaired = None
     if repair:
         from quantmill.refetching import Known
 
         known = Known(where, source, pull, insecure)
         repaired = repairing.plan_repair(where, found, known)
-        if not json_output:
-            terminal.print_lines(report.repair_lines(repaired, planned=True))
+        lines += report.repair_lines(repaired, planned=True)
+        if lines and not json_output:
+            terminal.print_lines(lines)  # before anything is done
+        lines = []
         if not dry_run:
             repaired = repairing.repair(where, repaired, known)
     if json_output:
         terminal.print_json(report.verified_json(found, repaired))
     else:
         taken = None if dry_run else repaired
-        done = report.repair_lines(taken or (), planned=False)
-        terminal.print_lines([*done, report.verified_line(found, taken)])
+        lines += report.repair_lines(taken or (), planned=False)
+        terminal.print_lines([*lines, report.verified_line(found, taken)])
     if found.damage and not (repaired and all(step.done for step in repaired)):
         raise typer.Exit(EXIT_DAMAGE)
 
