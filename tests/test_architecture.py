@@ -51,6 +51,7 @@ LAYERS = [
         "adaptersource",
         "hub",
         "patience",
+        "ollamakey",
         "credentials",
         "registry",
         "registrytokens",

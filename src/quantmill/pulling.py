@@ -18,7 +18,7 @@ from typing import Any
 
 from quantmill import strictjson
 from quantmill.addresses import registry_origin
-from quantmill.credentials import Login, find_login
+from quantmill.credentials import Credential, find_login
 from quantmill.digests import Digest
 from quantmill.errors import Corrupt, NoSpace, NotFound, RegistryError
 from quantmill.manifest import BlobRef, Manifest, parse_manifest
@@ -43,7 +43,7 @@ PROBE = 2**20
 NOTED = 8 * 2**20
 """After so many bytes it is noted what has arrived."""
 
-FindLogin = Callable[[str], Login | None]
+FindLogin = Callable[[str], Credential | None]
 
 
 @dataclass(frozen=True, slots=True)
