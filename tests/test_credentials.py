@@ -41,6 +41,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A home of the test's own, without a keyring."""
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path / "docker"))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setitem(sys.modules, "keyring", None)
     return tmp_path
 
@@ -151,7 +152,7 @@ def test_dockers_config_is_read(key: str, home: Path) -> None:
     [
         {}, {"auths": None}, {"auths": []}, {"auths": {HOST: {}}}, {"auths": {HOST: []}},
         {"auths": {HOST: {"auth": "!"}}}, {"auths": {HOST: {"auth": "YWxpY2U="}}},
-        {"auths": {HOST: {"auth": 1}}}, {"auths": {HOST: {"identitytoken": "x"}}},
+        {"auths": {HOST: {"auth": 1}}}, {"auths": {HOST: {"identitytoken": 1}}},
         {"credHelpers": [], "credsStore": 3}, {"credsStore": "../../bin/sh"},
     ],
 )  # fmt: skip

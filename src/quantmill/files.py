@@ -17,6 +17,7 @@ from quantmill.errors import NoSpace, NotFound, StoreError
 
 FILE_MODE = 0o644
 FOLDER_MODE = 0o755
+PRIVATE_MODE = 0o600
 
 _TRIES = 100
 """How often a folder that others remove is made again."""
@@ -149,6 +150,11 @@ class Disk:
         except OSError:
             return False
         return True
+
+    def make_private(self, fd: int, path: Path) -> None:
+        """Let nobody but the owner read or write a file that `open` gave."""
+        with translated(path):
+            os.fchmod(fd, PRIVATE_MODE)
 
 
 def _full_sync(fd: int) -> None:

@@ -36,6 +36,7 @@ SYNC_THREADS = 8
 
 OWN_FOLDER = ".quantmill"
 """What Ollama has no counterpart of lies here: notes on unfinished work, blobs half fetched."""
+UPLOADS = "uploads"  # notes on blobs half sent (uploadnotes.py)
 
 
 def default_root(environ: Mapping[str, str]) -> Path:
@@ -464,17 +465,16 @@ class Store:
         return self.root / OWN_FOLDER / "partial"
 
     def stale_files(self) -> list[BlobFile]:
-        """Temporary files that an interrupted `put_manifest` left, journals, blobs half fetched."""
-        now = time.time()
-        found = []
+        """Files that an interrupted `put_manifest` left, notes of all kinds, blobs half fetched."""
+        now, found = time.time(), []
         unnamed = [p for p in self._manifest_files() if p.name.startswith(TEMP_MANIFEST)]
-        own = [Path(e.path) for folder in (self.journals, self.partials) for e in _scan(folder)]
+        folders = (self.journals, self.partials, self.root / OWN_FOLDER / UPLOADS)
+        own = [Path(entry.path) for folder in folders for entry in _scan(folder)]
         for path in (*unnamed, *own):
             if path.is_file():
                 with suppress(FileNotFoundError):  # renamed or removed since the folder was read
                     info = path.stat()
-                    age = max(0.0, now - info.st_mtime)
-                    found.append(BlobFile(path, None, info.st_size, age))
+                    found.append(BlobFile(path, None, info.st_size, max(0.0, now - info.st_mtime)))
         return sorted(found, key=lambda b: b.path)
 
     # -- lock --------------------------------------------------------------------------------------
