@@ -1,4 +1,4 @@
-"""A registry that speaks Ollama's protocol and checks what it is sent, and the storage behind it."""
+"""A registry that speaks Ollama's protocol and checks what it is sent, and its storage."""
 
 from __future__ import annotations
 
@@ -78,10 +78,8 @@ class OllamaRegistry:
                 self._upload(request, path.path, parse_qs(path.query), body)
             else:
                 found = self.blobs.get(path.path.rpartition("/")[2])
-                there = found is not None
-                request.reply(
-                    200 if there else 404, b"" if request.command == "HEAD" else found or b""
-                )
+                status, head = 404 if found is None else 200, request.command == "HEAD"
+                request.reply(status, b"" if head or found is None else found)
 
     def _let_in(self, request: Handler) -> bool:
         sent = request.headers.get("Authorization", "")
@@ -171,14 +169,11 @@ class OllamaRegistry:
         headers = {"Location": f"{path}{name}-0"}
         if self.ways == "direct":
             shown = self.direct_path.format(id=name)
-            headers["X_Direct_Upload_URL"] = (
-                shown
-                if "://" in shown or not shown.startswith("/store")
-                else f"{self.storage}{shown}"
-            )
+            away = shown.startswith("/store")
+            headers["X_Direct_Upload_URL"] = f"{self.storage}{shown}" if away else shown
             for key, value in self.signed_headers.items():
                 headers[f"X_Signed_Header_{key}"] = value
-        request.reply(202, **headers)
+        request.reply(202, b"", **headers)
 
     def _part(self, request: Handler, path: str, name: str, session: Session, body: bytes) -> None:
         at = sum(map(len, session.parts))
@@ -237,7 +232,7 @@ class OllamaRegistry:
 
 @contextmanager
 def ollama_registry(**behaviour: object) -> Iterator[OllamaRegistry]:
-    """A registry and its storage on two ports, inside this block; no mistake was made by its end."""
+    """A registry and its storage inside this block; by its end no mistake was made."""
     found = OllamaRegistry(**behaviour)  # type: ignore[arg-type]
     with misbehaving(found.answer) as registry, misbehaving(found.store) as storage:
         found.host, found.storage = registry.host, f"http://{storage.host}"

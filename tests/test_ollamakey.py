@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -164,7 +165,7 @@ def test_another_host_is_shown_the_key_only_when_that_was_said(
 def test_the_key_is_not_shown_to_a_token_server_elsewhere(
     registry: OllamaRegistry, elsewhere: Misbehaving, tmp_path: Path
 ) -> None:
-    """A registry that names another host, port or scheme for tokens is refused, and nobody asked."""
+    """Another host, port or scheme than the registry's is refused, and nobody is asked."""
     port = registry.host.rpartition(":")[2]
     for realm in (
         f"http://{elsewhere.host}/token", f"http://localhost:{port}/v2/token",
@@ -298,9 +299,7 @@ def test_a_key_that_cannot_be_used_is_one_error(
     way: Callable[[Path], None], tmp_path: Path
 ) -> None:
     """It names the file and tells nothing of what it holds."""
-    if way is protected and not any(
-        (Path(p) / "ssh-keygen").exists() for p in os.environ["PATH"].split(":")
-    ):
+    if way is protected and shutil.which("ssh-keygen") is None:
         pytest.skip("ssh-keygen is not installed")
     path = key_file()
     path.parent.mkdir(parents=True)
@@ -318,11 +317,21 @@ def test_a_key_that_cannot_be_used_is_one_error(
         assert not any(line in f"{caught.value.message} {caught.value.hint}" for line in lines)
 
 
+def test_openssh_reads_a_key_that_was_made(key: OllamaKey) -> None:
+    """It finds the same public key."""
+    if shutil.which("ssh-keygen") is None:
+        pytest.skip("ssh-keygen is not installed")
+    read = subprocess.run(
+        ["ssh-keygen", "-y", "-f", str(key.path)], capture_output=True, check=True
+    )
+    assert read.stdout.decode().split()[:2] == key.public_line().split()
+
+
 # -- making a key ----------------------------------------------------------------------------------
 
 
 def test_a_key_is_made_for_its_owner_alone(home: Path) -> None:
-    """OpenSSH reads it; the folder is private, the public key lies beside it as Ollama writes it."""
+    """The folder is private, too; the public key lies beside it as Ollama writes it."""
     assert make_key(key_file())
     path = home / ".ollama" / "id_ed25519"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
