@@ -128,18 +128,15 @@ def test_storage_on_the_registrys_own_host_gets_no_token(tmp_path: Path) -> None
     """The address carries what it needs."""
     seen = list[bool]()
     with ollama_registry(ways="direct", anonymous=True) as registry:
-        answer = registry.answer
 
-        def here(request: Handler) -> None:
+        def both(request: Handler) -> None:
             if request.path.startswith("/here"):
                 seen.append("Authorization" in request.headers)
                 registry.store(request)
             else:
-                answer(request)
+                registry.answer(request)
 
-        registry.direct_path = f"http://{registry.host}/here/{{id}}"
-        registry.answer = here  # type: ignore[method-assign]
-        with misbehaving(here) as server:
+        with misbehaving(both) as server:
             registry.host, registry.direct_path = server.host, f"http://{server.host}/here/{{id}}"
             send(server.host, tmp_path)
     assert seen == [False, False]
@@ -237,6 +234,32 @@ def test_a_part_sent_nowhere_is_refused(tmp_path: Path) -> None:
     with misbehaving(sent_elsewhere("")) as server, pytest.raises(RegistryError) as caught:
         send(server.host, tmp_path)
     assert caught.value.kind == "bad_redirect"
+
+
+def test_a_registry_may_answer_before_it_has_read_the_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It points to storage and hangs up: what it does not want to read is not pressed on it."""
+    monkeypatch.setattr(pushing, "PART", 64 << 20)
+    monkeypatch.setattr(uploading, "OLLAMA_LEAST", 64 << 20)
+    long = bytes(16 << 20)
+    with ollama_registry(ways="apart", anonymous=True) as registry:
+
+        def hasty(request: Handler) -> None:
+            if request.command == "PATCH" and int(request.headers["Content-Length"]) == len(long):
+                name = request.path.rpartition("/")[2]
+                where = f"{registry.storage}/part/{name.partition('-')[0]}/0"
+                request.reply(307, Location=where, Connection="close")
+                request.close_connection = True
+            else:
+                registry.answer(request)
+
+        with misbehaving(hasty) as server:
+            registry.host = server.host
+            name = f"{server.host}/a/m"
+            put_model(Store(tmp_path), name, b"{}", long)
+            push(name, store=tmp_path, patience=QUICK, find=lambda _: OllamaKey(tmp_path / "no"))
+        assert long in registry.blobs.values()
 
 
 def test_only_ollamas_registry_sends_parts_elsewhere(tmp_path: Path) -> None:
@@ -487,6 +510,7 @@ def test_a_note_is_held_by_one_process_at_a_time(tmp_path: Path) -> None:
     assert second.read() is None
     second.write(f"{url}?other")
     second.remove()
+    second.close()
     first.close()
     assert note_of(tmp_path, digest_of(LONG)).read() == url
 

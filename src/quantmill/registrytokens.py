@@ -55,7 +55,8 @@ class Tokens:
 
     def hide(self, text: str) -> str:
         """The text, empty where it repeats something secret."""
-        secrets = [self._header.partition(" ")[2] if self._header else "", self._signed]
+        signature = self._signed.rpartition(":")[2]  # the public key before it is no secret
+        secrets = [self._header.partition(" ")[2] if self._header else "", signature]
         match self._login:
             case Login(password=password) as login:
                 secrets += [password, login.basic.partition(" ")[2]]
@@ -109,7 +110,10 @@ class Tokens:
         match login:
             case OllamaKey():
                 if server != self._origin:
-                    raise self._bad(f"names {server.shown} for tokens, which is not shown the key")
+                    raise self._bad(
+                        f"names {server.shown} for tokens, which is not shown the key",
+                        f"`quantmill logout {self._origin.shown}` does without the key",
+                    )
                 if login.exists():
                     url = signable(url)
                     headers["Authorization"] = self._signed = login.sign("GET", url)
@@ -121,8 +125,8 @@ class Tokens:
                 headers["Authorization"] = login.basic
         return self._fetch(url, headers, None)
 
-    def _bad(self, what: str) -> RegistryError:
-        return RegistryError(f"{self._origin.shown} {what}", kind="bad_token_server")
+    def _bad(self, what: str, hint: str | None = None) -> RegistryError:
+        return RegistryError(f"{self._origin.shown} {what}", kind="bad_token_server", hint=hint)
 
 
 def _token_url(realm: str, parameters: Mapping[str, str]) -> str:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import fcntl
 import os
 from contextlib import suppress
-from pathlib import Path
 
 from quantmill.addresses import Origin, origin_of
 from quantmill.digests import Digest, digest_of
@@ -33,22 +32,24 @@ class UploadNote:
         self._disk: Disk = store.disk
         self._origin = origin
         name = digest_of(f"{origin}/{repository}@{digest}".encode()).hex
-        folder = store.root / OWN_FOLDER / UPLOADS
-        self._path, self._fd = folder / name, -1
-        with suppress(StoreError):
-            self._take(*self._disk.open(folder, name))
+        self._path, self._fd = store.root / OWN_FOLDER / UPLOADS / name, -1
+        if self._path.exists():
+            self._take()
 
-    def _take(self, path: Path, fd: int) -> None:
-        self._fd = fd
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # whoever had it may have removed it; another user's may lead anywhere
-            if os.path.samestat(os.fstat(fd), path.stat()) and os.fstat(fd).st_uid == os.geteuid():
-                self._disk.make_private(fd, path)
-                return
-        except (OSError, StoreError):
-            pass
-        self.close()
+    def _take(self) -> None:
+        """Open the file and hold it, unless another process does."""
+        with suppress(StoreError):
+            _, self._fd = self._disk.open(self._path.parent, self._path.name)
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                found = os.fstat(self._fd)
+                # whoever had it may have removed it; another user's may lead anywhere
+                if os.path.samestat(found, self._path.stat()) and found.st_uid == os.geteuid():
+                    self._disk.make_private(self._fd, self._path)
+                    return
+            except (OSError, StoreError):
+                pass
+            self.close()
 
     def read(self) -> str | None:
         """The address that was noted, where it is one of the registry; else None."""
@@ -62,7 +63,11 @@ class UploadNote:
 
     def write(self, url: str) -> None:
         """Note where the upload goes on; an address elsewhere is not noted."""
-        if self._fd >= 0 and origin_of(url) == self._origin and len(url) < _LONGEST:
+        if origin_of(url) != self._origin or len(url) >= _LONGEST:
+            return
+        if self._fd < 0:
+            self._take()
+        if self._fd >= 0:
             with suppress(StoreError):
                 self._disk.write(self._fd, memoryview(f"{url}\n".encode()), 0, self._path)
 
