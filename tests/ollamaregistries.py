@@ -150,14 +150,18 @@ class OllamaRegistry:
             return
         name, _, step = path.rpartition("/")[2].partition("-")
         session = self.sessions.get(name)
-        if session is None or int(step) != session.step:
+        if session is None or int(step) > session.step:
             request.reply(404)
         elif request.command == "PATCH":
             self._part(request, path, name, session, body)
-        elif request.command == "PUT":
-            self._commit(request, query, session, body)
+        elif request.command == "GET":
+            last = max(sum(map(len, session.parts)) - 1, 0)
+            request.reply(204, Location=path, Range=f"0-{last}")
+        elif int(step) != session.step:
+            self.mistakes.append("an upload does not end where it had got to")
+            request.reply(404)
         else:
-            request.reply(405)
+            self._commit(request, query, session, body)
 
     def _begin(self, request: Handler, path: str, query: dict[str, list[str]]) -> None:
         name = str(len(self.sessions))
@@ -181,9 +185,9 @@ class OllamaRegistry:
             self.mistakes.append("a part is not the next one")
         if request.headers.get("X-Redirect-Uploads") != "1":
             self.mistakes.append("a part is sent without Ollama's header")
+        session.step += 1
         if self.ways != "apart":
             session.parts.append(body)
-            session.step += 1
             request.reply(202, Location=f"{path.rpartition('/')[0]}/{name}-{session.step}")
             return
         request.reply(

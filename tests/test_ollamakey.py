@@ -351,6 +351,21 @@ def test_a_key_that_is_there_is_never_written_over(way: Callable[[Path], None] |
     assert os.lstat(path) == before
 
 
+def test_a_key_that_another_process_makes_meanwhile_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ollama may start in the same moment: its key wins, and nothing of ours is left."""
+    sync, path = os.fsync, key_file()
+
+    def other_first(fd: int) -> None:
+        sync(fd)
+        if not path.exists():
+            written(path, b"theirs")
+
+    monkeypatch.setattr(os, "fsync", other_first)
+    assert not make_key(path)
+    assert path.read_bytes() == b"theirs"
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
 def test_a_public_key_alone_is_never_written_over() -> None:
     """Its private key may be on its way back: nothing is made, and the error names the file."""
     left = written(key_file().with_suffix(".pub"), b"ssh-ed25519 AAAA")

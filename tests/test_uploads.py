@@ -124,6 +124,20 @@ def test_storage_is_never_in_the_clear_nor_inside(monkeypatch: pytest.MonkeyPatc
         registry.deliver("https://inside.test/x", "a blob", headers={}, content=lambda: iter([b""]))
 
 
+def test_an_upload_does_not_go_on_inside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A public registry that says so, in an answer or in a note of an earlier run, is refused."""
+    addresses = {"r.test": "8.8.8.8", "inside.test": "10.0.0.1"}
+    monkeypatch.setattr(
+        "socket.getaddrinfo", lambda host, *_, **__: [(0, 0, 0, "", (addresses[host], 443))]
+    )
+    with (
+        Registry(registry_origin(parse_name("r.test/a/m")), "a/m") as registry,
+        pytest.raises(RegistryError, match=r"inside\.test, a private address"),
+        registry.exchange("PATCH", "https://inside.test/x", "a blob"),
+    ):
+        pass
+
+
 def test_storage_on_the_registrys_own_host_gets_no_token(tmp_path: Path) -> None:
     """The address carries what it needs."""
     seen = list[bool]()
@@ -212,6 +226,27 @@ def test_parts_that_stay_here_have_an_etag_as_well(tmp_path: Path) -> None:
         send(registry.host, tmp_path)
         assert len(requests(registry, "PATCH")) == len(PARTS) + 1
         assert set(registry.blobs.values()) == {b"{}", LONG}
+
+
+def test_parts_that_came_before_are_not_mixed_with_those_of_storage(tmp_path: Path) -> None:
+    """How the registry keeps what it took is not known: the blob starts anew, all of it apart."""
+    with ollama_registry(ways="here", anonymous=True) as registry:
+
+        def changes_its_ways(request: Handler) -> None:
+            second = request.headers.get("Content-Range", "").startswith(f"{32 * KIB}-")
+            if second and registry.ways == "here":
+                registry.ways = "apart"
+                request.rfile.read(int(request.headers["Content-Length"]))
+                request.reply(500)
+            else:
+                registry.answer(request)
+
+        with misbehaving(changes_its_ways) as server:
+            registry.host = server.host
+            send(server.host, tmp_path)
+        assert [body for _, _, body in registry.stored if len(body) > 2] == PARTS
+        assert len(requests(registry, "GET /v2/a/m/blobs/uploads/")) == 1
+        assert LONG in registry.blobs.values()
 
 
 def sent_elsewhere(location: str) -> Callable[[Handler], None]:
