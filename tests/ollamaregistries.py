@@ -55,6 +55,7 @@ class OllamaRegistry:
     stored: list[tuple[str, dict[str, str], bytes]] = field(default_factory=list)
     storage_fails: list[int] = field(default_factory=list)
     commit_fails: list[int] = field(default_factory=list)
+    answers_lost: list[int] = field(default_factory=list)
     direct_path: str = "/store/{id}"
     signed_headers: dict[str, str] = field(default_factory=dict)
     host: str = ""
@@ -164,11 +165,14 @@ class OllamaRegistry:
             self._commit(request, query, session, body)
 
     def _begin(self, request: Handler, path: str, query: dict[str, list[str]]) -> None:
-        name = str(len(self.sessions))
+        name = str(len(self.asked))
         asks = request.headers.get("X-Redirect-Uploads")
         size = request.headers.get("X-Content-Length")
         if asks != "2" or size is None or "digest" not in query:
             self.mistakes.append("an upload begins without Ollama's headers")
+        if query.get("digest", [""])[0] in self.blobs:
+            request.reply(201)
+            return
         self.sessions[name] = Session(int(size or 0), query.get("digest", [""])[0])
         headers = {"Location": f"{path}{name}-0"}
         if self.ways == "direct":
@@ -215,7 +219,8 @@ class OllamaRegistry:
             request.reply(400)
             return
         self.blobs[digest] = data
-        request.reply(201)
+        self.sessions = {key: s for key, s in self.sessions.items() if s is not session}
+        request.reply(self.answers_lost.pop(0) if self.answers_lost else 201)
 
     # -- storage -----------------------------------------------------------------------------------
 

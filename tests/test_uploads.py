@@ -173,6 +173,16 @@ def test_a_commit_that_fails_for_a_while_sends_no_blob_again(tmp_path: Path) -> 
         assert set(registry.blobs.values()) == {b"{}", LONG}
 
 
+@pytest.mark.parametrize("ways", ["direct", "apart", "here"])
+def test_an_end_whose_answer_was_lost_is_no_failure(ways: str, tmp_path: Path) -> None:
+    """The upload is not known any more, as the blob is there: nothing is sent again."""
+    with ollama_registry(ways=ways, anonymous=True, answers_lost=[500, 502]) as registry:
+        send(registry.host, tmp_path)
+        sent = len(registry.stored) or len(requests(registry, "PATCH"))
+        assert sent == (2 if ways == "direct" else len(PARTS) + 1)
+        assert set(registry.blobs.values()) == {b"{}", LONG}
+
+
 def test_storage_that_refuses_is_one_error(tmp_path: Path) -> None:
     """It names storage and registry, not the address, and nothing is named by a manifest."""
     path = "/store/{id}?signature=h1dden"

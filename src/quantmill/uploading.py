@@ -31,6 +31,9 @@ OLLAMA_LEAST, OLLAMA_MOST = 100 * 2**20, 1000 * 2**20
 DONE = frozenset({200, 201, 202, 204})
 _STARTED = frozenset({201, 202})
 _ELSEWHERE = 307
+_OVER = frozenset({"not_found", "refused"})
+"""Kinds of errors that mean that an upload is not known any more, or cannot be gone on with."""
+
 _OCTETS = {"Content-Type": "application/octet-stream"}
 _SIGNED = "x-signed-header-"
 _FRAMING = frozenset(
@@ -133,8 +136,9 @@ class Uploads:
                 tries.failed(error)
                 upload = _after_failure(ref, upload)
             except RegistryError as error:
-                # parts that were lost or came twice show in the digest: once more from the start
-                if upload is None or not upload.doubtful or error.kind != "refused":
+                # parts that were lost or came twice show in the digest, and an end whose answer was
+                # lost in an upload that is gone: once more from the start
+                if upload is None or not upload.doubtful or error.kind not in _OVER:
                     raise
                 upload = None
 
@@ -281,7 +285,7 @@ class Uploads:
                 sums: list[bytes] | None = None if arrived else []
                 return _Upload(url, arrived, upload.least, doubtful=True, sums=sums)
         except RegistryError as error:
-            if error.kind not in {"not_found", "refused"}:
+            if error.kind not in _OVER:
                 raise
             return None
 
