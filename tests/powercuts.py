@@ -165,6 +165,10 @@ class ModelDisk(Disk):
         with self._step("truncate", path):
             super().truncate(fd, size, path)
 
+    def make_private(self, fd: int, path: Path) -> None:
+        with self._step("make_private", path):
+            super().make_private(fd, path)
+
     def claim(self, fd: int, path: Path) -> bool:
         with self._step("claim", path):
             return super().claim(fd, path)

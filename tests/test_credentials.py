@@ -10,6 +10,7 @@ import sys
 import types
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, quote_plus
 
 import pytest
 
@@ -24,11 +25,19 @@ from quantmill.addresses import (
 )
 from quantmill.challenges import Challenge, parse_challenges
 from quantmill.cli import run
-from quantmill.credentials import Login, find_login, own_file, remove_login, save_login
+from quantmill.credentials import (
+    IdentityToken,
+    Login,
+    find_login,
+    own_file,
+    remove_login,
+    save_login,
+)
 from quantmill.errors import BadName, BadRequest, RegistryError
 from quantmill.loggingin import login, logout
 from quantmill.names import parse_name
 from quantmill.patience import Patience
+from quantmill.pulling import pull
 from quantmill.spans import Span, in_parts, missing, parse_content_range, parse_uploaded
 from registries import PASSWORD, Handler, misbehaving, real_registry
 
@@ -41,6 +50,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A home of the test's own, without a keyring."""
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path / "docker"))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setitem(sys.modules, "keyring", None)
     return tmp_path
 
@@ -151,7 +161,7 @@ def test_dockers_config_is_read(key: str, home: Path) -> None:
     [
         {}, {"auths": None}, {"auths": []}, {"auths": {HOST: {}}}, {"auths": {HOST: []}},
         {"auths": {HOST: {"auth": "!"}}}, {"auths": {HOST: {"auth": "YWxpY2U="}}},
-        {"auths": {HOST: {"auth": 1}}}, {"auths": {HOST: {"identitytoken": "x"}}},
+        {"auths": {HOST: {"auth": 1}}}, {"auths": {HOST: {"identitytoken": 1}}},
         {"credHelpers": [], "credsStore": 3}, {"credsStore": "../../bin/sh"},
     ],
 )  # fmt: skip
@@ -188,6 +198,28 @@ def test_dockers_helpers_are_asked(
     docker_config(home, config)
     assert find_login(HOST) == ALICE
     assert find_login("elsewhere.test") is None
+
+
+IDENTITY = "1dentity&token="
+TOKEN_HELPER = HELPER.replace("alice", "<token>").replace("s3cret", IDENTITY)
+
+
+def test_a_helper_may_hold_an_identity_token(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Docker's helpers say so in place of a user; no printed form shows it."""
+    (home / "bin").mkdir()
+    program = home / "bin" / "docker-credential-test"
+    program.write_text(TOKEN_HELPER)
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{home / 'bin'}:/usr/bin:/bin")
+    docker_config(home, {"credsStore": "test"})
+    assert find_login(HOST) == IdentityToken(IDENTITY)
+    assert IDENTITY not in repr(find_login(HOST))
+
+
+def test_an_identity_token_takes_the_place_of_the_password_beside_it(home: Path) -> None:
+    """As Docker writes it after a login with a token server that gives out such ones."""
+    docker_config(home, {"auths": {HOST: auth("alice", "old") | {"identitytoken": IDENTITY}}})
+    assert find_login(HOST) == IdentityToken(IDENTITY)
 
 
 def test_a_helper_that_is_not_there_is_warned_about(home: Path) -> None:
@@ -347,6 +379,93 @@ def test_ranges_in_headers() -> None:
         0,
     )
     assert parse_uploaded("1-9") is None
+
+
+# -- identity tokens -------------------------------------------------------------------------------
+
+
+class TokenServer:
+    """A registry, the server that gives out its tokens, and what both were sent."""
+
+    def __init__(self, realm: str = "") -> None:
+        self.realm, self.said = realm, b'{"access_token": "good", "refresh_token": "another"}'
+        self.status, self.forms = 200, list[tuple[str, dict[str, list[str]]]]()
+        self.asked = list[str]()
+
+    def answer(self, request: Handler) -> None:
+        body = request.rfile.read(int(request.headers.get("Content-Length", 0)))
+        self.asked.append(f"{request.command} {request.path}")
+        if request.path.startswith("/token"):
+            if request.command == "POST":
+                assert request.headers["Content-Type"] == "application/x-www-form-urlencoded"
+                assert "Authorization" not in request.headers
+                self.forms.append((request.path, parse_qs(body.decode())))
+                request.reply(self.status, self.said)
+            else:
+                request.reply(200, b'{"token": "anonymous"}')
+        elif request.headers.get("Authorization") in {"Bearer good", "Bearer anonymous"}:
+            request.reply(404)
+        else:
+            realm = self.realm or f"http://127.0.0.1:{request.server.server_port}/token?x=1"
+            scope = 'service="s t",scope="repository:a/m:pull repository:a/n:pull"'
+            request.reply(401, WWW_Authenticate=f'Bearer realm="{realm}",{scope}')
+
+
+def pull_with_identity(host: str, folder: Path) -> RegistryError:
+    with pytest.raises(RegistryError) as caught:
+        pull(f"{host}/a/m", store=folder, find=lambda _: IdentityToken(IDENTITY))
+    return caught.value
+
+
+def test_an_identity_token_is_exchanged_for_a_token(tmp_path: Path) -> None:
+    """By POST, in the form alone, with service, scopes and client; the token opens the registry."""
+    server = TokenServer()
+    with misbehaving(server.answer) as found:
+        assert pull_with_identity(found.host, tmp_path).kind == "not_found"
+    expected = {
+        "grant_type": ["refresh_token"], "client_id": ["quantmill"], "refresh_token": [IDENTITY],
+        "service": ["s t"], "scope": ["repository:a/m:pull repository:a/n:pull"],
+    }  # fmt: skip
+    assert server.forms == [("/token?x=1", expected)]
+
+
+def test_an_identity_token_is_not_shown_to_another_host(tmp_path: Path) -> None:
+    """A token server elsewhere is asked without a name, as with a password."""
+    elsewhere = TokenServer()
+    with misbehaving(elsewhere.answer) as other:
+        server = TokenServer(f"http://{other.host}/token")
+        with misbehaving(server.answer) as found:
+            pull_with_identity(found.host, tmp_path)
+        assert elsewhere.forms == []
+        assert len(elsewhere.asked) == 1
+        assert elsewhere.asked[0].startswith("GET /token?")
+        assert "Authorization" not in other.seen[0][1]
+
+
+@pytest.mark.parametrize("written", [IDENTITY, quote_plus(IDENTITY)])
+def test_a_server_that_repeats_the_identity_token_is_not_quoted(
+    written: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither the error nor the log shows it, with all logging on."""
+    caplog.set_level(logging.DEBUG)
+    server = TokenServer()
+    server.status, server.said = 400, b'{"error": "%s"}' % written.encode()
+    with misbehaving(server.answer) as found:
+        error = pull_with_identity(found.host, tmp_path)
+    assert error.kind == "refused"
+    for secret in (IDENTITY, quote_plus(IDENTITY)):
+        assert secret not in f"{error.message} {error.hint} {caplog.text}"
+
+
+def test_an_identity_token_is_no_password(tmp_path: Path) -> None:
+    """A registry that asks for a password does not see it."""
+
+    def answer(request: Handler) -> None:
+        request.reply(401, WWW_Authenticate='Basic realm="x"')
+
+    with misbehaving(answer) as found:
+        assert pull_with_identity(found.host, tmp_path).kind == "unauthorized"
+        assert not any("Authorization" in headers for _, headers in found.seen)
 
 
 # -- login and logout ------------------------------------------------------------------------------

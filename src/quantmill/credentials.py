@@ -1,7 +1,8 @@
 """Logins of registries: the keyring or a file of our own, else those that Docker's config holds.
 
 A login is kept in the system's keyring where the package keyring is installed and has one, and
-otherwise in a file that only its owner may read. Docker's config and its credential helpers are
+otherwise in a file that only its owner may read. In the same place stands which hosts, other than
+Ollama's own, are shown signatures of Ollama's key. Docker's config and its credential helpers are
 read, never written.
 """
 
@@ -22,6 +23,8 @@ from typing import Any
 
 from quantmill import strictjson
 from quantmill.errors import RegistryError
+from quantmill.names import DEFAULT_HOST
+from quantmill.ollamakey import OllamaKey, key_file
 
 _SERVICE = "quantmill"
 _HELPER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -44,18 +47,42 @@ class Login:
         return "Basic " + base64.b64encode(f"{self.username}:{self.password}".encode()).decode()
 
 
-def find_login(host: str) -> Login | None:
-    """The login for a host, written as in a model's name; None where there is none."""
+@dataclass(frozen=True, slots=True)
+class IdentityToken:
+    """What Docker keeps in place of a password where a token server gave it one: good for tokens.
+
+    It stays out of every printed form.
+    """
+
+    token: str = field(repr=False)
+
+
+Kept = Login | OllamaKey
+"""What is kept for a host: its login, or that it is shown signatures of Ollama's key."""
+
+Credential = Kept | IdentityToken
+
+
+def find_login(host: str) -> Credential | None:
+    """What there is for a host, written as in a model's name; None where there is nothing.
+
+    Ollama's own host gets signatures of its key where no login was kept for it. Raises
+    RegistryError for files that cannot be read, or that others may read.
+    """
     host = host.lower()
-    return _from_keyring(host) or _own_logins().get(host) or _from_docker(host)
+    found = _from_keyring(host) or _own_logins().get(host) or _from_docker(host)
+    return found or (OllamaKey(key_file()) if host == DEFAULT_HOST else None)
 
 
-def save_login(host: str, login: Login) -> str:
-    """Keep a login; returns where: `keyring`, or the path of the file."""
+def save_login(host: str, login: Kept) -> str:
+    """Keep a login, or the use of the key; returns where: `keyring`, or the path of the file.
+
+    Raises RegistryError where the file cannot be written.
+    """
     host, ring = host.lower(), _keyring()
     if ring is not None:
         try:
-            ring.set_password(_SERVICE, host, json.dumps([login.username, login.password]))
+            ring.set_password(_SERVICE, host, json.dumps(_document_of(login)))
         except Exception as error:  # each backend has errors of its own; none may quote the secret
             warnings.warn(f"the keyring refuses ({type(error).__name__})", stacklevel=2)
         else:
@@ -98,7 +125,7 @@ def _keyring() -> Any:
         return None
 
 
-def _from_keyring(host: str) -> Login | None:
+def _from_keyring(host: str) -> Kept | None:
     ring = _keyring()
     if ring is None:
         return None
@@ -106,7 +133,21 @@ def _from_keyring(host: str) -> Login | None:
         kept = json.loads(ring.get_password(_SERVICE, host) or "null")
     except Exception:  # locked, or no longer there
         return None
-    return _login(*kept) if isinstance(kept, list) and len(kept) == 2 else None
+    if isinstance(kept, list) and len(kept) == 2:  # as it was written first
+        return _login(*kept)
+    return _kept(kept) if isinstance(kept, dict) else None
+
+
+def _document_of(kept: Kept) -> dict[str, Any]:
+    if isinstance(kept, OllamaKey):
+        return {"ollama_key": True}
+    return {"username": kept.username, "password": kept.password}
+
+
+def _kept(document: Mapping[str, Any]) -> Kept | None:
+    if document.get("ollama_key") is True:
+        return OllamaKey(key_file())
+    return _login(document.get("username"), document.get("password"))
 
 
 def _login(username: Any, password: Any) -> Login | None:
@@ -115,7 +156,7 @@ def _login(username: Any, password: Any) -> Login | None:
     return None
 
 
-def _own_logins() -> dict[str, Login]:
+def _own_logins() -> dict[str, Kept]:
     path = own_file()
     try:
         if path.stat().st_mode & 0o077:
@@ -127,19 +168,15 @@ def _own_logins() -> dict[str, Login]:
         kept = _document(path)
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    found = {
-        host: _login(value.get("username"), value.get("password"))
-        for host, value in kept.items()
-        if isinstance(value, dict)
-    }
+    found = {host: _kept(value) for host, value in kept.items() if isinstance(value, dict)}
     return {host: login for host, login in found.items() if login}
 
 
-def _write_own(logins: Mapping[str, Login]) -> None:
+def _write_own(logins: Mapping[str, Kept]) -> None:
     path = own_file()
     if not logins and not path.exists():
         return
-    document = {h: {"username": v.username, "password": v.password} for h, v in logins.items()}
+    document = {host: _document_of(kept) for host, kept in logins.items()}
     temporary = path.with_name(f".{path.name}-{os.urandom(8).hex()}")
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -177,7 +214,7 @@ def docker_file() -> Path:
     return (Path(folder) if folder else Path.home() / ".docker") / "config.json"
 
 
-def _from_docker(host: str) -> Login | None:
+def _from_docker(host: str) -> Login | IdentityToken | None:
     try:
         config = _document(docker_file())
     except (FileNotFoundError, NotADirectoryError):
@@ -190,7 +227,7 @@ def _from_docker(host: str) -> Login | None:
     return asked or _from_auths(config.get("auths"), host)
 
 
-def _from_auths(auths: Any, host: str) -> Login | None:
+def _from_auths(auths: Any, host: str) -> Login | IdentityToken | None:
     for key, entry in auths.items() if isinstance(auths, dict) else ():
         written = key.partition("://")[2] or key
         same = {written.partition("/")[0].lower(), host}
@@ -201,7 +238,9 @@ def _from_auths(auths: Any, host: str) -> Login | None:
     return None
 
 
-def _from_entry(entry: Mapping[str, Any]) -> Login | None:
+def _from_entry(entry: Mapping[str, Any]) -> Login | IdentityToken | None:
+    if entry.get("identitytoken"):  # it takes the place of the password beside it
+        return _identity(entry["identitytoken"])
     auth = entry.get("auth")
     if not isinstance(auth, str) or not auth:
         return _login(entry.get("username"), entry.get("password"))
@@ -212,7 +251,11 @@ def _from_entry(entry: Mapping[str, Any]) -> Login | None:
     return _login(username, password.rstrip("\0"))
 
 
-def _from_helper(helper: str, key: str) -> Login | None:
+def _identity(token: Any) -> IdentityToken | None:
+    return IdentityToken(token) if isinstance(token, str) and token else None
+
+
+def _from_helper(helper: str, key: str) -> Login | IdentityToken | None:
     if not _HELPER.fullmatch(helper):
         return None
     program = f"docker-credential-{helper}"
@@ -230,6 +273,6 @@ def _from_helper(helper: str, key: str) -> Login | None:
         answer = strictjson.parse_object(done.stdout[:_LARGEST])
     except strictjson.BadJson:
         return None
-    if answer.get("Username") == "<token>":  # for a protocol of its own
-        return None
+    if answer.get("Username") == "<token>":
+        return _identity(answer.get("Secret"))
     return _login(answer.get("Username"), answer.get("Secret"))

@@ -20,6 +20,7 @@ from quantmill.errors import Corrupt, NoSpace, NotFound, StoreError
 
 FILE_MODE = 0o644
 FOLDER_MODE = 0o755
+PRIVATE_MODE = 0o600
 
 _NOTHING = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP})
 """What a path that leads to nothing fails with."""
@@ -234,6 +235,11 @@ class Disk:
         except OSError:
             return False
         return True
+
+    def make_private(self, fd: int, path: Path) -> None:
+        """Let nobody but the owner read or write a file that `open` gave."""
+        with translated(path):
+            os.fchmod(fd, PRIVATE_MODE)
 
 
 def is_file(found: os.stat_result | None) -> TypeGuard[os.stat_result]:

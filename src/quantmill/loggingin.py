@@ -1,4 +1,8 @@
-"""Log in to a registry: try the password there, then keep it; log out: forget it."""
+"""Log in to a registry: try the password there, then keep it; log out: forget it.
+
+Where Ollama's key stands for a login, there is nothing to try before the key belongs to an account:
+the key is made where there is none, and shown.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from quantmill.addresses import registry_origin
 from quantmill.credentials import Login, remove_login, save_login
 from quantmill.errors import BadName, BadRequest
 from quantmill.names import DEFAULT_HOST, ModelName, is_valid_part
+from quantmill.ollamakey import OllamaKey, key_file, make_key
 from quantmill.patience import Patience
 from quantmill.registry import Registry
 
@@ -18,6 +23,40 @@ class LoggedIn:
 
     host: str
     kept_in: str
+
+
+@dataclass(frozen=True, slots=True)
+class KeyShown:
+    """The key a registry is shown, whether it is new, and where that is kept (None: by default)."""
+
+    host: str
+    key_file: str
+    public_key: str
+    made: bool
+    kept_in: str | None
+
+
+def takes_key_alone(host: str | None) -> bool:
+    """Whether a host is Ollama's own, which knows no passwords; raises BadName."""
+    return (_registry(host).resolved.host or "").lower() == DEFAULT_HOST
+
+
+def login_with_key(host: str | None = None) -> KeyShown:
+    """Have a registry shown what Ollama's key signs, and make the key where there is none.
+
+    Raises BadName, BadRequest without the package that makes keys, and RegistryError for a key that
+    cannot be used or files that cannot be written. The registry itself is not asked.
+    """
+    shown = (_registry(host).resolved.host or "").lower()
+    key = OllamaKey(key_file())
+    made = make_key(key.path)
+    line = key.public_line()
+    if shown == DEFAULT_HOST:
+        remove_login(shown)  # a password would come before the key
+        kept_in = None
+    else:
+        kept_in = save_login(shown, key)
+    return KeyShown(shown, str(key.path), line, made, kept_in)
 
 
 def login(

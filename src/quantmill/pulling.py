@@ -18,7 +18,7 @@ from typing import Any
 from quantmill import provenance, strictjson
 from quantmill.addresses import registry_origin
 from quantmill.blobwriter import Pending
-from quantmill.credentials import Login, find_login
+from quantmill.credentials import Credential, find_login
 from quantmill.digests import Digest
 from quantmill.errors import Corrupt, NoSpace, RegistryError
 from quantmill.manifest import BlobRef, Manifest, parse_manifest
@@ -46,7 +46,7 @@ NOTED = 8 * 2**20
 _OF_ONE_BLOB = frozenset({"not_found", "wrong_size", "digest_mismatch"})
 """Kinds of errors that say nothing about the other blobs of a repository."""
 
-FindLogin = Callable[[str], Login | None]
+FindLogin = Callable[[str], Credential | None]
 
 
 @dataclass(frozen=True, slots=True)

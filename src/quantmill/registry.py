@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from quantmill import mediatypes
 from quantmill.addresses import Origin, is_loopback, is_public, origin_of, redirect_target
-from quantmill.credentials import Login
+from quantmill.credentials import Credential
 from quantmill.digests import Digest, digest_of
 from quantmill.errors import BadRequest, RegistryError
 from quantmill.patience import Cancelled, Patience, Temporary, Tries
@@ -41,6 +41,7 @@ MAX_MANIFEST = 16 * 2**20
 _MAX_TOLD = 4096
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _TEMPORARY = frozenset({408, 425, 429, 500, 502, 503, 504})
+_STORED = frozenset({200, 201, 202, 204})
 _T = TypeVar("_T")
 Content = Callable[[], Iterator[bytes]]
 
@@ -75,7 +76,7 @@ class Registry:
         origin: Origin,
         repository: str,
         *,
-        login: Callable[[], Login | None] = lambda: None,
+        login: Callable[[], Credential | None] = lambda: None,
         patience: Patience | None = None,
         connections: int = 8,
     ) -> None:
@@ -212,16 +213,42 @@ class Registry:
             if hops > MAX_HOPS:
                 raise self.error(f"redirects {what} more than {MAX_HOPS} times", "bad_redirect")
 
+    def deliver(self, url: str, what: str, *, headers: Mapping[str, str], content: Content) -> None:
+        """PUT bytes to storage where the registry has them brought, without a login.
+
+        The address may be signed and goes out as it came. Raises Temporary and RegistryError.
+        """
+        self._guard(url)
+        with self._request("PUT", url, dict(headers), content, what, bare=True) as answer:
+            status, where = answer.status_code, origin_of(url)
+            shown = where.shown if where else "its storage"
+            if status in _TEMPORARY:
+                after = seconds_until(answer.headers.get("retry-after"))
+                raise Temporary(f"{shown}, storage of {self.origin.shown}, answers {status} "
+                                f"about {what}", after)  # fmt: skip
+            if status not in _STORED:
+                raise RegistryError(
+                    f"{shown}, where {self.origin.shown} has {what} brought, answers {status}",
+                    kind="refused",
+                )
+
     @contextmanager
     def _request(
-        self, method: str, url: str, headers: dict[str, str], content: Content | None, what: str
+        self,
+        method: str,
+        url: str,
+        headers: dict[str, str],
+        content: Content | None,
+        what: str,
+        bare: bool = False,
     ) -> Iterator[httpx2.Response]:
+        """One request; a `bare` one gets no login, and its address no other spelling."""
         import httpx2
 
         if self.stop.is_set():
             raise Cancelled
         known = self._tokens.header() if origin_of(url) == self.origin else None
-        if known is not None:
+        if known is not None and not bare:
             headers["Authorization"] = known
         with self._watch.over() as pace:
             try:
@@ -229,6 +256,8 @@ class Registry:
                     method, url, headers=headers, extensions={"trace": self._watch.trace},
                     content=pace.counted(content()) if content else None,
                 )  # fmt: skip
+                if bare:  # the client would resolve dots and escape characters
+                    request.extensions = {**request.extensions, "target": _target(url)}
                 answer = self._client.send(request, stream=True, auth=None)
             except (httpx2.TransportError, httpx2.InvalidURL, UnicodeError, OSError) as error:
                 raise self._failure(error, url, what, pace) from None
@@ -323,17 +352,28 @@ class Registry:
 
     # -- tokens ------------------------------------------------------------------------------------
 
-    def _fetch_token(self, url: str, headers: Mapping[str, str]) -> bytes:
-        """The answer of a token server; headers hold a login only where that server may have it."""
+    def _fetch_token(self, url: str, headers: Mapping[str, str], form: bytes | None) -> bytes:
+        """The answer of a token server; headers and form hold only what that server may see."""
         target = origin_of(url)
         if target is None or (target.scheme == "http" and self.origin.scheme == "https"):
             raise self.error("names no safe address for tokens", "bad_redirect")
         self._guard(url)
-        with self._request("GET", url, dict(headers), None, "a token") as answer:
+        method, content = "GET" if form is None else "POST", form and (lambda: iter([form]))
+        with self._request(
+            method, url, dict(headers), content or None, "a token", bare=True
+        ) as answer:
             if answer.status_code != 200:
                 raise self._refused(answer, "a token")
             self._refuse_encoding(answer, "a token")
             return b"".join(self._pieces(answer, "a token", 1 << 20, exact=None))
+
+
+def _target(url: str) -> bytes:
+    """Path and query of an address as they are written."""
+    written = url.partition("://")[2].partition("#")[0]
+    start = min((at for at in map(written.find, "/?") if at >= 0), default=len(written))
+    rest = written[start:]
+    return (rest if rest.startswith("/") else f"/{rest}").encode("ascii")
 
 
 def _socket(answer: httpx2.Response) -> socket.socket | None:

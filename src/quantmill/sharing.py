@@ -88,17 +88,48 @@ def login(
     password_stdin: Annotated[
         bool, typer.Option("--password-stdin", help="Read the password or token from stdin.")
     ] = False,
+    key: Annotated[
+        bool, typer.Option("--key", help="Show the registry Ollama's key, made if there is none.")
+    ] = False,
     insecure: InsecureOption = False,
     json_output: JsonOption = False,
 ) -> None:
-    """Check a user's password or token with a registry and keep it for push and pull."""
+    """Check a user's password or token with a registry and keep it; for Ollama's, show the key."""
     from quantmill import loggingin
+    from quantmill.errors import BadRequest
 
+    if key and (username is not None or password_stdin):
+        raise BadRequest("--key takes the place of a user and a password")
+    password = username is not None or password_stdin
+    if key or (not password and loggingin.takes_key_alone(host)):
+        _login_with_key(host, json_output)
+        return
     where = loggingin.login(host, _asked_for(username, password_stdin), insecure=insecure)
     if json_output:
         terminal.print_json({"host": where.host, "kept_in": where.kept_in})
     else:
         terminal.print_lines([f"logged in to {where.host}; kept in {where.kept_in}"])
+
+
+def _login_with_key(host: str | None, json_output: bool) -> None:
+    from dataclasses import asdict
+
+    from quantmill import loggingin
+    from quantmill.names import DEFAULT_HOST
+
+    shown = loggingin.login_with_key(host)
+    if json_output:
+        terminal.print_json(asdict(shown))
+        return
+    where = "at https://ollama.com/settings/keys" if shown.host == DEFAULT_HOST else "there"
+    terminal.print_lines(
+        [
+            f"{'made' if shown.made else 'found'} the key {shown.key_file}; "
+            f"{shown.host} is shown what it signs",
+            f"add the public key to your account {where}, unless it is there already:",
+            shown.public_key,
+        ]
+    )
 
 
 def _asked_for(username: str | None, password_stdin: bool) -> Login:

@@ -390,6 +390,11 @@ class Store:
         return self.root / OWN_FOLDER / "partial"
 
     @property
+    def uploads(self) -> Path:
+        """Folder of the notes on blobs half sent (uploadnotes.py)."""
+        return self.root / OWN_FOLDER / "uploads"
+
+    @property
     def provenance(self) -> Path:
         """Folder of the notes on where models came from (provenance.py)."""
         return self.root / OWN_FOLDER / "provenance"
@@ -402,7 +407,7 @@ class Store:
         """Temporary files that an interrupted `put_manifest` left, and what lies in own folders."""
         now = time.time()
         found = [f for f in self._manifest_files() if f[0].name.startswith(TEMP_MANIFEST)]
-        for folder in (self.journals, self.partials, self.provenance):
+        for folder in (self.journals, self.partials, self.provenance, self.uploads):
             infos = [(path, self.disk.info(path)) for path in self.disk.scan(folder)]
             found += [(path, info) for path, info in infos if is_file(info)]
         return [
