@@ -196,7 +196,8 @@ def names_in(store: Store) -> dict[str, Digest]:
 def unfinished(store: Store) -> set[tuple[Path, int, int]]:
     """Files that were being written, with size and time."""
     found = {blob.path for blob in store.list_blobs() if blob.digest is None}
-    found |= {file.path for file in store.stale_files() if file.path.parent != store.journals}
+    finished = {store.journals, store.provenance}
+    found |= {file.path for file in store.stale_files() if file.path.parent not in finished}
     return {(path, path.stat().st_size, path.stat().st_mtime_ns) for path in found}
 
 

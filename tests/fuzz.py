@@ -131,10 +131,10 @@ def _location(data: bytes) -> object:
 class _Here(registry.Registry):
     """A registry that is asked on this machine only, wherever its answers lead."""
 
-    def _request(self, method: str, url: str, *rest: Any) -> Any:
+    def _request(self, method: str, url: str, *rest: Any, **named: Any) -> Any:
         if origin_of(url) != self.origin:
             raise self.error("leads elsewhere")
-        return super()._request(method, url, *rest)
+        return super()._request(method, url, *rest, **named)
 
 
 def _answer() -> Parser:
