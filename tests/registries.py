@@ -37,7 +37,7 @@ def require_real_registry() -> str:
 class RealRegistry:
     """A docker-registry process on a loopback port of its own, with its files in `folder`."""
 
-    def __init__(self, folder: Path, *, login: bool = False) -> None:
+    def __init__(self, folder: Path, *, login: bool = False, access: str = "") -> None:
         self._program = require_real_registry()
         self._folder, self._log = folder, folder / "registry.log"
         folder.mkdir(parents=True, exist_ok=True)
@@ -45,12 +45,12 @@ class RealRegistry:
             free.bind(("127.0.0.1", 0))
             self.port = int(free.getsockname()[1])
         (folder / "htpasswd").write_text(_HTPASSWD)
-        access = f"auth: {{htpasswd: {{realm: test, path: {folder / 'htpasswd'}}}}}\n"
+        by_password = f"auth: {{htpasswd: {{realm: test, path: {folder / 'htpasswd'}}}}}\n"
         (folder / "config.yml").write_text(
             "version: 0.1\nlog: {level: info, accesslog: {disabled: false}}\n"
             f"storage: {{filesystem: {{rootdirectory: {folder / 'data'}}}}}\n"
             f"http: {{addr: '127.0.0.1:{self.port}', secret: of-the-tests}}\n"
-            + (access if login else "")
+            + (by_password if login else access)
         )
         self._child: subprocess.Popen[bytes] | None = None
         self.start()
@@ -91,9 +91,9 @@ class RealRegistry:
 
 
 @contextmanager
-def real_registry(folder: Path, *, login: bool = False) -> Iterator[RealRegistry]:
-    """A docker-registry that runs inside this block."""
-    found = RealRegistry(folder, login=login)
+def real_registry(folder: Path, *, login: bool = False, access: str = "") -> Iterator[RealRegistry]:
+    """A docker-registry that runs inside this block; `access` is what its config says of that."""
+    found = RealRegistry(folder, login=login, access=access)
     try:
         yield found
     finally:

@@ -13,16 +13,18 @@ from checkpoints import SMALL, write_checkpoint
 from fakes import files, put_model
 from quantmill import create, pulling, pushing, verify
 from quantmill.cli import run
-from quantmill.credentials import Login
+from quantmill.credentials import Login, find_login
 from quantmill.digests import digest_of
 from quantmill.errors import Corrupt, NotFound, RegistryError
+from quantmill.loggingin import login
 from quantmill.moving import Moving
 from quantmill.names import parse_name
 from quantmill.patience import Patience
 from quantmill.pulling import pull
 from quantmill.pushing import push
 from quantmill.store import Store
-from registries import PASSWORD, RealRegistry, real_registry
+from registries import PASSWORD, RealRegistry, real_registry, require_real_registry
+from tokenservers import token_server
 
 QUICK = Patience(tries=3, first_delay=0.01, longest_delay=0.05, stall=5)
 PATIENT = Patience(tries=40, first_delay=0.05, longest_delay=0.2, stall=5)
@@ -233,6 +235,49 @@ def test_a_password_opens_what_is_closed(tmp_path: Path) -> None:
             assert "battery" not in caught.value.message
         assert push(name, store=store, find=alice).sent == 2
         assert pull(name, store=tmp_path / "other", find=alice).fetched == 2
+
+
+def test_tokens_open_what_is_closed(tmp_path: Path) -> None:
+    """Anybody may pull by an anonymous token; pushing takes one that the password was shown for."""
+    require_real_registry()
+    store = Store(tmp_path / "s")
+    with token_server(Login("alice", PASSWORD)) as tokens:
+        (tmp_path / "registry").mkdir()
+        access = tokens.config(tmp_path / "registry")
+        with real_registry(tmp_path / "registry", access=access) as registry:
+            name = f"{registry.host}/alice/m"
+            put_model(store, name, b"{}", b"x" * 1000)
+            allowed = Login("alice", PASSWORD, token_server=tokens.host)
+            pushed = push(name, store=store, find=lambda _: allowed, patience=QUICK)
+            assert pushed.sent == 2
+            assert any("push" in scope for _, scopes in tokens.asked for scope in scopes)
+            tokens.asked.clear()
+            assert pull(name, store=tmp_path / "o", find=nobody, patience=QUICK).fetched == 2
+            assert {given for given, _ in tokens.asked} == {None}
+
+
+def test_a_token_server_elsewhere_must_be_named(tmp_path: Path) -> None:
+    """It sees no password of itself; the error names it, and how to let it."""
+    require_real_registry()
+    store = Store(tmp_path / "s")
+    with token_server(Login("alice", PASSWORD)) as tokens:
+        (tmp_path / "registry").mkdir()
+        access = tokens.config(tmp_path / "registry")
+        with real_registry(tmp_path / "registry", access=access) as registry:
+            put_model(store, f"{registry.host}/alice/m", b"{}")
+            with pytest.raises(RegistryError, match="was not shown the password") as caught:
+                push(f"{registry.host}/alice/m", store=store, find=alice, patience=QUICK)
+            hint = f"login {registry.host} --tokens-from {tokens.host}"
+            assert hint in str(caught.value.hint)
+            with pytest.raises(RegistryError, match="was not shown the password"):
+                login(registry.host, Login("alice", PASSWORD))
+            assert {given for given, _ in tokens.asked} == {None}
+            kept = login(registry.host, Login("alice", PASSWORD, tokens.host))
+            assert find_login(kept.host) == Login("alice", PASSWORD, tokens.host)
+            assert push(f"{registry.host}/alice/m", store=store, patience=QUICK).sent == 1
+            wrong_password = Login("alice", "battery", tokens.host)
+            with pytest.raises(RegistryError, match="does not accept the login"):
+                login(registry.host, wrong_password)
 
 
 def wrong(_: str) -> Login | None:

@@ -117,9 +117,15 @@ def redirect_target(url: str, location: str | None) -> str:
     return target
 
 
-def may_have_password(registry: Origin, token_server: Origin) -> bool:
-    """Whether a login at the registry may be shown to the server that gives out its tokens."""
+def may_have_password(registry: Origin, token_server: Origin, allowed: str | None = None) -> bool:
+    """Whether a login at the registry may be shown to the server that gives out its tokens.
+
+    `allowed` is a server that the user named for it: over HTTPS, or on this machine.
+    """
     if registry == token_server:
+        return True
+    safe = token_server.scheme == "https" or is_loopback(token_server.host)
+    if safe and allowed is not None and token_server.shown == allowed.lower():
         return True
     return (
         token_server.scheme == "https"

@@ -17,7 +17,7 @@ import subprocess
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +36,15 @@ _DOCKER_HUB_HOSTS = frozenset({"docker.io", "registry-1.docker.io", _DOCKER_HUB}
 
 @dataclass(frozen=True, slots=True)
 class Login:
-    """A user and a password or access token; the latter stays out of every printed form."""
+    """A user and a password or access token; the latter stays out of every printed form.
+
+    `token_server` is a host, with its port unless that is the usual one, that the user lets see
+    the password besides the registry, since it gives out the registry's tokens.
+    """
 
     username: str
     password: str = field(repr=False)
+    token_server: str | None = None
 
     @property
     def basic(self) -> str:
@@ -141,13 +146,17 @@ def _from_keyring(host: str) -> Kept | None:
 def _document_of(kept: Kept) -> dict[str, Any]:
     if isinstance(kept, OllamaKey):
         return {"ollama_key": True}
-    return {"username": kept.username, "password": kept.password}
+    server = {"token_server": kept.token_server} if kept.token_server else {}
+    return {"username": kept.username, "password": kept.password} | server
 
 
 def _kept(document: Mapping[str, Any]) -> Kept | None:
     if document.get("ollama_key") is True:
         return OllamaKey(key_file())
-    return _login(document.get("username"), document.get("password"))
+    login, server = _login(document.get("username"), document.get("password")), None
+    if isinstance(document.get("token_server"), str):
+        server = document["token_server"]
+    return replace(login, token_server=server) if login else None
 
 
 def _login(username: Any, password: Any) -> Login | None:

@@ -66,12 +66,17 @@ def login(
     insecure: bool = False,
     patience: Patience | None = None,
 ) -> LoggedIn:
-    """Keep a login that the registry accepts; raises RegistryError where it does not."""
+    """Keep a login that the registry accepts; raises RegistryError where it does not.
+
+    BadRequest is for a login that can be none, BadName for a host that is none.
+    """
     name = _registry(host)
     if not login.username or not login.password:
         raise BadRequest("a login needs a user and a password")
     if ":" in login.username or not (login.username + login.password).isprintable():
         raise BadRequest("a user has no colon, and neither part control characters")
+    if login.token_server is not None:
+        _registry(login.token_server)
     origin = registry_origin(name, insecure=insecure)
     with Registry(origin, "", login=lambda: login, patience=patience) as registry:
         registry.patiently(registry.check_login)

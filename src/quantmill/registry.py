@@ -26,7 +26,7 @@ from quantmill.credentials import Credential
 from quantmill.digests import Digest, digest_of
 from quantmill.errors import BadRequest, RegistryError
 from quantmill.patience import Cancelled, Patience, Temporary, Tries
-from quantmill.registrytokens import Tokens, refusal
+from quantmill.registrytokens import Tokens, refusal, withheld
 from quantmill.spans import Span, parse_content_range
 from quantmill.version import __version__
 from quantmill.watching import Pace, Watch
@@ -135,6 +135,8 @@ class Registry:
     def check_login(self) -> None:
         """Ask for nothing but access; raises RegistryError where the login is not accepted."""
         with self.exchange("GET", f"{self.origin}/v2/", "access"):
+            if self._tokens.withheld:  # it may have let anybody in
+                raise withheld(self.origin.shown, self._tokens.withheld)
             if not self._tokens.known:
                 raise self.error("asks for no login", "no_login_needed")
 

@@ -36,6 +36,8 @@ class Tokens:
         self._login: Credential | None = None
         self._looked = False
         self._signed = ""
+        self.withheld: str | None = None
+        """A token server that was not shown the password it may have wanted."""
 
     def header(self) -> str | None:
         """What is sent with every request to the registry, None before it asks."""
@@ -106,7 +108,9 @@ class Tokens:
         """What the token server answers to one who shows it no more than it may see."""
         login, headers = self._login, {}
         url = _token_url(realm, parameters)
-        trusted = may_have_password(self._origin, server)
+        allowed = login.token_server if isinstance(login, Login) else None
+        trusted = may_have_password(self._origin, server, allowed)
+        self.withheld = None if trusted or login is None else server.shown
         match login:
             case OllamaKey():
                 if server != self._origin:
@@ -156,6 +160,8 @@ def refusal(host: str, status: int, told: str, what: str, tokens: Tokens) -> Reg
     tail = f": {said}" if said else ""
     if tokens.by_key and status in {401, 403}:
         return _key_refused(host, status, f"{what}{tail}", tokens)
+    if tokens.withheld and status in {401, 403}:
+        return withheld(host, tokens.withheld, f" for {what}{tail}")
     if status == 401:
         refused = "does not accept the login" if tokens.known else "asks for a login"
         return RegistryError(
@@ -173,6 +179,15 @@ def refusal(host: str, status: int, told: str, what: str, tokens: Tokens) -> Reg
             hint="check the name; a private model needs `quantmill login`",
         )  # fmt: skip
     return RegistryError(f"{host} answers {status} about {what}{tail}", kind="refused")
+
+
+def withheld(host: str, server: str, tail: str = "") -> RegistryError:
+    """A registry does not let the user in whose password its token server was not shown."""
+    return RegistryError(
+        f"{host} has its tokens given out by {server}, which was not shown the password{tail}",
+        kind="unauthorized",
+        hint=f"`quantmill login {host} --tokens-from {server}` where that server may see it",
+    )
 
 
 def _key_refused(host: str, status: int, what: str, tokens: Tokens) -> RegistryError:

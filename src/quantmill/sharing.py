@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -92,19 +93,24 @@ def login(
         bool, typer.Option("--key", help="Show the registry Ollama's key, made if there is none.")
     ] = False,
     insecure: InsecureOption = False,
+    tokens_from: Annotated[
+        str | None,
+        typer.Option("--tokens-from", metavar="HOST", help="A token server that may see it, too."),
+    ] = None,
     json_output: JsonOption = False,
 ) -> None:
     """Check a user's password or token with a registry and keep it; for Ollama's, show the key."""
     from quantmill import loggingin
     from quantmill.errors import BadRequest
 
-    if key and (username is not None or password_stdin):
+    if key and (username is not None or password_stdin or tokens_from):
         raise BadRequest("--key takes the place of a user and a password")
     password = username is not None or password_stdin
     if key or (not password and loggingin.takes_key_alone(host)):
         _login_with_key(host, json_output)
         return
-    where = loggingin.login(host, _asked_for(username, password_stdin), insecure=insecure)
+    asked = replace(_asked_for(username, password_stdin), token_server=tokens_from)
+    where = loggingin.login(host, asked, insecure=insecure)
     if json_output:
         terminal.print_json({"host": where.host, "kept_in": where.kept_in})
     else:
