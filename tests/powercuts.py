@@ -137,9 +137,13 @@ class ModelDisk(Disk):
         with super().reading(path) as fd:
             yield fd
 
-    def read(self, fd: int, buffer: memoryview, offset: int, path: Path) -> int:
+    def read(self, fd: int, count: int, offset: int, path: Path) -> bytes:
         with self._step("read", path, read=True):
-            return super().read(fd, buffer, offset, path)
+            return super().read(fd, count, offset, path)
+
+    def read_into(self, fd: int, buffer: memoryview, offset: int, path: Path) -> int:
+        with self._step("read", path, read=True):
+            return super().read_into(fd, buffer, offset, path)
 
     # -- operations --------------------------------------------------------------------------------
 

@@ -372,7 +372,7 @@ def test_an_unreadable_manifest_is_corrupt(store: Store, monkeypatch: pytest.Mon
     """A manifest that the system will not read is corrupt, not missing."""
     put_model(store, "m", b"1")
 
-    def refuse(fd: int, buffer: memoryview, offset: int, path: Path) -> int:
+    def refuse(fd: int, count: int, offset: int, path: Path) -> bytes:
         with translated(path):
             raise PermissionError(errno.EACCES, "Permission denied")
 

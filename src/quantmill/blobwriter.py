@@ -62,7 +62,7 @@ class BlobWriter:
         buffer = memoryview(bytearray(min(count, CHUNK)))
         while count:
             part = buffer[:count]
-            done = self._disk.read(self._open_fd(), part, self._size, self._path)
+            done = self._disk.read_into(self._open_fd(), part, self._size, self._path)
             if not done:
                 raise Corrupt(f"{self._path}: bytes that were written are not there")
             self._hash.update(part[:done])

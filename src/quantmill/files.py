@@ -74,20 +74,24 @@ class Disk:
         finally:
             os.close(fd)
 
-    def read(self, fd: int, buffer: memoryview, offset: int, path: Path) -> int:
+    def read(self, fd: int, count: int, offset: int, path: Path) -> bytes:
+        """Read at most so many bytes, fewer perhaps; none at the end."""
+        with translated(path):
+            return os.pread(fd, count, offset)
+
+    def read_into(self, fd: int, buffer: memoryview, offset: int, path: Path) -> int:
         """Read into a buffer, less than it holds perhaps; how many bytes, 0 at the end."""
         with translated(path):
             return os.preadv(fd, [buffer], offset)
 
     def read_file(self, path: Path, limit: int) -> bytes:
         """A whole file, or its first `limit` bytes; raises NotFound, or Corrupt for no file."""
-        parts = []
+        parts, at = [], 0
         with self.reading(path) as fd:
-            buffer = memoryview(bytearray(min(limit, os.fstat(fd).st_size + 1)))
-            at = 0
-            while at < limit and (count := self.read(fd, buffer[: limit - at], at, path)):
-                parts.append(bytes(buffer[:count]))
-                at += count
+            most = os.fstat(fd).st_size + 1  # one more, so that a file that grows is not cut
+            while at < limit and (part := self.read(fd, min(most, limit - at), at, path)):
+                parts.append(part)
+                at += len(part)
         return b"".join(parts)
 
     # -- writing -----------------------------------------------------------------------------------

@@ -101,7 +101,7 @@ class Partial:
         """The digest of the bytes in the file, all read."""
         found, buffer, at = hashlib.sha256(), memoryview(bytearray(CHUNK)), 0
         while at < self.size:
-            count = self._disk.read(self._fd, buffer[: self.size - at], at, self._path)
+            count = self._disk.read_into(self._fd, buffer[: self.size - at], at, self._path)
             if not count:
                 break
             found.update(buffer[:count])

@@ -11,14 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quantmill import strictjson
 from quantmill.digests import Digest
 from quantmill.errors import BadName, StoreError
 from quantmill.names import ModelName, parse_name
-from quantmill.recipes import Recipe, as_record, from_record
 from quantmill.store import Store
+
+if TYPE_CHECKING:  # what plans models is heavy, and `pull` and `push` have no use for it
+    from quantmill.recipes import Recipe
 
 _MAX_BYTES = 1 << 22
 _RECIPE, _REGISTRY = "recipe", "registry"
@@ -26,6 +28,8 @@ _RECIPE, _REGISTRY = "recipe", "registry"
 
 def note_recipe(store: Store, manifest: Digest, recipe: Recipe) -> None:
     """Note what a model was made from."""
+    from quantmill.recipes import as_record
+
     _note(store, manifest, {_RECIPE: as_record(recipe)})
 
 
@@ -36,6 +40,8 @@ def note_registry(store: Store, manifest: Digest, name: ModelName) -> None:
 
 def recipes(store: Store, manifest: Digest) -> list[Recipe]:
     """What the model was made from, the latest first."""
+    from quantmill.recipes import from_record
+
     said = [line.get(_RECIPE) for line in _lines(store, manifest)]
     found = [from_record(record) for record in said if isinstance(record, dict)]
     return [recipe for recipe in reversed(found) if recipe is not None]

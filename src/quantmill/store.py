@@ -186,13 +186,11 @@ class Store:
         path = self.blob_path(digest)
         with self.disk.reading(path) as fd:
             while start < end:
-                # a new buffer each time: whoever takes the bytes may keep them
-                buffer = memoryview(bytearray(min(chunk, end - start)))
-                count = self.disk.read(fd, buffer, start, path)
-                if not count:
+                part = self.disk.read(fd, min(chunk, end - start), start, path)
+                if not part:
                     raise Corrupt(f"blob {digest.short} ends at byte {start}, {end} are needed")
-                start += count
-                yield bytes(buffer[:count])
+                start += len(part)
+                yield part
 
     def blob_start(self, digest: Digest, count: int) -> tuple[bytes, int]:
         """The first `count` bytes of a blob, fewer if it is shorter, and its size in bytes.
@@ -201,16 +199,14 @@ class Store:
         """
         path = self.blob_path(digest)
         with self.disk.reading(path) as fd:
-            size = os.fstat(fd).st_size
-            buffer = memoryview(bytearray(min(count, size)))
-            return bytes(buffer[: self.disk.read(fd, buffer, 0, path)]), size
+            return self.disk.read(fd, count, 0, path), os.fstat(fd).st_size
 
     def hash_blob(self, digest: Digest) -> Digest:
         """The digest that the bytes on disk really have; raises NotFound or Corrupt."""
         found, buffer, at = hashlib.sha256(), memoryview(bytearray(CHUNK)), 0
         path = self.blob_path(digest)
         with self.disk.reading(path) as fd:
-            while count := self.disk.read(fd, buffer, at, path):
+            while count := self.disk.read_into(fd, buffer, at, path):
                 found.update(buffer[:count])
                 at += count
         return Digest(found.hexdigest())
