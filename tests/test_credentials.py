@@ -307,6 +307,8 @@ def test_where_redirects_may_lead() -> None:
         ("8.8.8.8", True), ("127.0.0.1", False), ("10.1.2.3", False), ("169.254.169.254", False),
         ("192.168.0.1", False), ("::1", False), ("fe80::1%eth0", False), ("::ffff:10.0.0.1", False),
         ("2606:4700::1111", True), ("0.0.0.0", False), ("224.0.0.1", False), ("x", False),
+        ("64:ff9b::8.8.8.8", True), ("64:ff9b::10.0.0.1", False), ("2002:a00:1::", False),
+        ("2001:0:a00:1::", False), ("::ffff:8.8.8.8", True), ("ff02::1", False),
     ],
 )  # fmt: skip
 def test_public_addresses(address: str, public: bool) -> None:

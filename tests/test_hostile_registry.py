@@ -461,6 +461,22 @@ def test_an_upload_never_leads_inside(tmp_path: Path, monkeypatch: pytest.Monkey
         assert not any("/upload?" in path for path, _ in server.seen)
 
 
+def test_a_name_that_means_another_address_on_connecting_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names that were public when they were looked up: nothing is sent inside all the same."""
+    from quantmill import registry as module
+
+    monkeypatch.setattr(module, "_public", lambda _: True)
+    with misbehaving(lambda request: request.reply(200, MANIFEST)) as inside:
+        there = f"http://localhost:{inside.server_port}/"
+        with misbehaving(lambda request: request.reply(307, Location=there)) as server:
+            with pytest.raises(RegistryError, match="private") as caught:
+                pull(f"{server.host}/a/m", store=tmp_path, patience=QUICK, find=nobody)
+            assert caught.value.kind == "bad_redirect"
+        assert not inside.seen
+
+
 # -- names -----------------------------------------------------------------------------------------
 
 

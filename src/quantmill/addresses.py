@@ -16,6 +16,9 @@ from quantmill.names import ModelName
 
 _PORTS = {"http": 80, "https": 443}
 _HOST = re.compile(r"[0-9a-z_][0-9a-z._-]*|[0-9a-f:.]*:[0-9a-f:.]*")
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+"""IPv4 addresses as networks without IPv4 write them (RFC 6052)."""
+
 _TOKEN_HOSTS = {("registry-1.docker.io", "auth.docker.io")}
 """Registries whose tokens come from another host of the same owner: it may have the password."""
 
@@ -88,13 +91,19 @@ def is_loopback(host: str) -> bool:
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is one of the public internet."""
+    """Whether an IP address is one of the public internet, and any IPv4 address inside it too."""
     try:
         found = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
         return False
-    mapped = getattr(found, "ipv4_mapped", None)
-    return (mapped or found).is_global and not found.is_multicast
+    if isinstance(found, ipaddress.IPv6Address):
+        if found.ipv4_mapped is not None:
+            found = found.ipv4_mapped
+        elif found in _NAT64:
+            found = ipaddress.IPv4Address(found.packed[-4:])
+        elif found.sixtofour is not None or found.teredo is not None:
+            return False  # ways around a router that nothing public needs
+    return found.is_global and not found.is_multicast
 
 
 def redirect_target(url: str, location: str | None) -> str:

@@ -19,6 +19,7 @@ from email.utils import parsedate_to_datetime
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.request import getproxies
 
 from quantmill import mediatypes
 from quantmill.addresses import Origin, is_loopback, is_public, origin_of, redirect_target
@@ -39,6 +40,9 @@ MAX_MANIFEST = 16 * 2**20
 """The most bytes of a manifest that are read from a network."""
 
 _MAX_TOLD = 4096
+_CONNECTED = "connection.connect_tcp.complete"
+"""What the client calls the step after which it has a connection, and has sent nothing."""
+
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _TEMPORARY = frozenset({408, 425, 429, 500, 502, 503, 504})
 _STORED = frozenset({200, 201, 202, 204})
@@ -86,13 +90,15 @@ class Registry:
         self.origin, self.repository = origin, repository
         self.patience, self.stop = patience or Patience(), threading.Event()
         limit = self.patience
+        # proxies and certificates of the environment; no proxy to this machine
+        outside = not is_loopback(origin.host)
+        self._proxied = outside and bool(getproxies())
         self._client = httpx2.Client(
             headers={"User-Agent": f"quantmill/{__version__}", "Accept-Encoding": "identity"},
             timeout=httpx2.Timeout(limit.stall, connect=limit.connect, pool=None),
             cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),  # none are kept
             limits=httpx2.Limits(max_connections=connections),
-            # proxies and certificates of the environment; no proxy to this machine
-            trust_env=not is_loopback(origin.host),
+            trust_env=outside,
         )
         self._tokens = Tokens(origin, login, self._fetch_token)
         self._watch = Watch(limit)
@@ -196,7 +202,6 @@ class Registry:
         """
         challenged = hops = 0
         while True:
-            self._guard(url)
             with self._request(method, url, dict(headers or {}), content, what) as answer:
                 status = answer.status_code
                 if status in accepted:
@@ -220,7 +225,6 @@ class Registry:
 
         The address may be signed and goes out as it came. Raises Temporary and RegistryError.
         """
-        self._guard(url)
         with self._request("PUT", url, dict(headers), content, what, bare=True) as answer:
             status, where = answer.status_code, origin_of(url)
             shown = where.shown if where else "its storage"
@@ -249,13 +253,20 @@ class Registry:
 
         if self.stop.is_set():
             raise Cancelled
+        led_outside = self._guard(url)
+
+        def trace(step: str, info: Mapping[str, Any]) -> None:
+            self._watch.trace(step, info)
+            if led_outside and step == _CONNECTED:
+                self._guard_peer(info["return_value"], url)
+
         known = self._tokens.header() if origin_of(url) == self.origin else None
         if known is not None and not bare:
             headers["Authorization"] = known
         with self._watch.over() as pace:
             try:
                 request = self._client.build_request(
-                    method, url, headers=headers, extensions={"trace": self._watch.trace},
+                    method, url, headers=headers, extensions={"trace": trace},
                     content=pace.counted(content()) if content else None,
                 )  # fmt: skip
                 if bare:  # the client would resolve dots and escape characters
@@ -300,13 +311,33 @@ class Registry:
         if encoding not in {"", "identity"}:
             raise self.error(f"sends {what} encoded, which was not asked for", "bad_encoding")
 
-    def _guard(self, url: str) -> None:
-        """Refuse an address inside a private network that a public host leads to."""
+    def _guard(self, url: str) -> bool:
+        """Refuse an address inside a private network that a public host leads to.
+
+        Whether it is one that must be public.
+        """
         target = origin_of(url)
         if target is None or target == self.origin or target.host == self.origin.host:
+            return False
+        if not _public(self.origin):
+            return False
+        if not _public(target):
+            raise self._leads_inside(target)
+        return True
+
+    def _guard_peer(self, stream: Any, url: str) -> None:
+        """The same for the address that was connected to, before anything is sent to it.
+
+        A name server may have changed its answer. A proxy is the user's own, and looks names up.
+        """
+        peer, target = stream.get_extra_info("server_addr"), origin_of(url)
+        if self._proxied or target is None or not peer or is_public(str(peer[0])):
             return
-        if _public(self.origin) and not _public(target):
-            raise self.error(f"leads to {target.host}, a private address: refused", "bad_redirect")
+        stream.close()
+        raise self._leads_inside(target)
+
+    def _leads_inside(self, target: Origin) -> RegistryError:
+        return self.error(f"leads to {target.host}, a private address: refused", "bad_redirect")
 
     # -- failures ----------------------------------------------------------------------------------
 
@@ -359,7 +390,6 @@ class Registry:
         target = origin_of(url)
         if target is None or (target.scheme == "http" and self.origin.scheme == "https"):
             raise self.error("names no safe address for tokens", "bad_redirect")
-        self._guard(url)
         method, content = "GET" if form is None else "POST", form and (lambda: iter([form]))
         with self._request(
             method, url, dict(headers), content or None, "a token", bare=True
