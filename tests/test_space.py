@@ -17,10 +17,16 @@ from quantmill.creation import create
 from quantmill.errors import NoSpace
 from quantmill.files import Disk, translated
 from quantmill.pruning import prune
+from quantmill.pulling import pull
+from quantmill.pushing import push
+from quantmill.refetching import Known
+from quantmill.repairing import plan_repair, repair
 from quantmill.store import Store
 from quantmill.verification import verify
+from registries import misbehaving, serve_memory
 
 LAYERS = {f"layers.{i}.mlp.down_proj.weight": ("BF16", (256, 256)) for i in range(12)}
+BIG = LAYERS | {f"layers.{i}.mlp.up_proj.weight": ("BF16", (256, 256)) for i in range(12)}
 LARGE = 1 << 40
 
 
@@ -126,13 +132,64 @@ def small_mount(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_real_file_system_that_is_too_small(small_mount: Path, tmp_path: Path) -> None:
     """On a file system of one megabyte: told at first; filled up without harm; then gone on."""
-    big = LAYERS | {f"layers.{i}.mlp.up_proj.weight": ("BF16", (256, 256)) for i in range(12)}
-    source = write_checkpoint(tmp_path / "source", big)
+    source = write_checkpoint(tmp_path / "source", BIG)
     with pytest.raises(NoSpace, match="more are needed"):
         make(small_mount, source, Disk())
     assert files(Store(small_mount)) == {}
     finished = full_midway(small_mount, source, Optimist())
-    assert 0 < finished < len(big)
+    assert 0 < finished < len(BIG)
     subprocess.run(["mount", "-o", "remount,size=4m", str(small_mount)], check=True)
-    assert make(small_mount, source, Disk()) == (finished, len(big) - finished)
+    assert make(small_mount, source, Disk()) == (finished, len(BIG) - finished)
     assert not verify(Store(small_mount)).damage
+
+
+def test_a_pull_into_a_real_file_system_that_is_too_small(
+    small_mount: Path, tmp_path: Path
+) -> None:
+    """Told before the first byte; filled up, what has arrived stays and is not fetched again."""
+    source, elsewhere = write_checkpoint(tmp_path / "source", BIG), Store(tmp_path / "elsewhere")
+    with misbehaving(serve_memory()) as server:
+        name = f"{server.host}/n/m"
+        create(name, source, store=elsewhere, quantize="int8")
+        push(name, store=elsewhere)
+        with pytest.raises(NoSpace, match="more bytes"):
+            pull(name, store=Store(small_mount))
+        assert files(Store(small_mount)) == {}
+        with pytest.raises(NoSpace, match="No space left"):
+            pull(name, store=Store(small_mount, Optimist()))
+        store = Store(small_mount)
+        arrived = len(store.list_blobs())
+        assert arrived > 0
+        assert not store.list_names()
+        assert not verify(store).damage
+        subprocess.run(["mount", "-o", "remount,size=4m", str(small_mount)], check=True)
+        done = pull(name, store=store)
+        assert done.fetched == done.blobs - arrived
+    assert files(store) == files(elsewhere)
+
+
+def test_a_repair_in_a_real_file_system_that_is_too_small(
+    small_mount: Path, tmp_path: Path
+) -> None:
+    """Told before the first byte; filled up, what was damaged is as it was or whole."""
+    source = write_checkpoint(tmp_path / "source", LAYERS)
+    store = Store(small_mount)
+    subprocess.run(["mount", "-o", "remount,size=4m", str(small_mount)], check=True)
+    made = create("m", source, store=store, quantize="int8")
+    gone = store.get_manifest(made.name).tensor_refs()
+    for ref in gone:
+        store.remove_blob(ref.digest)
+    prune(store, 0)
+    subprocess.run(["mount", "-o", "remount,size=512k", str(small_mount)], check=True)
+    known = Known(store, str(source))
+    steps = plan_repair(store, verify(store), known)
+    with pytest.raises(NoSpace, match="are needed"):
+        repair(store, steps, known)
+    assert len(verify(store).damage) == len(gone)
+    with pytest.raises(NoSpace, match="No space left"):
+        repair(Store(small_mount, Optimist()), steps, known)
+    found = {damage.kind for damage in verify(store).damage}
+    assert found == {"blob_missing"}
+    subprocess.run(["mount", "-o", "remount,size=4m", str(small_mount)], check=True)
+    assert all(step.done for step in repair(store, steps, known))
+    assert not verify(store).damage
