@@ -22,7 +22,7 @@ LAYERS = [
     {"spans", "challenges", "addresses"}
     | {"experts", "stacks", "classify", "policy", "planner", "modelconfig", "stored"}
     | {"coded", "floatcodes", "integercodes", "schemes", "prequantized", "hubfiles"}
-    | {"pipelines", "adapters"}
+    | {"pipelines", "adapters", "weightings"}
     | {"ggufnames", "ggufconfig", "gguftokenizer", "ggufcodes"}
     | {"companions", "quantconfig", "quantparams"},
     {
@@ -48,6 +48,7 @@ LAYERS = [
         "pacing",
         "transforms",
         "coding",
+        "importance",
         "merging",
         "adaptersource",
         "hub",

@@ -27,6 +27,13 @@ class Device(StrEnum):
     GPU = "gpu"
 
 
+class Method(StrEnum):
+    """How codes and scales are chosen."""
+
+    RTN = "rtn"
+    SEARCH = "search"
+
+
 class Rounding(StrEnum):
     """How mx exponents are rounded."""
 
@@ -119,6 +126,9 @@ TensorOption = Annotated[
         help="Format of tensors whose name fits the pattern; `keep` means source precision. "
         "May be given more than once, the last fitting rule wins.",
     ),
+]
+MethodOption = Annotated[
+    Method, typer.Option("--method", help="How codes and scales are chosen (docs/fidelity.md).")
 ]
 RoundingOption = Annotated[
     Rounding, typer.Option("--e8m0", help="Rounding of mxfp4 and mxfp8 scale exponents.")

@@ -28,6 +28,8 @@ from quantmill.arguments import (
     LinksOption,
     LoraOption,
     MemoryOption,
+    Method,
+    MethodOption,
     ModelfileOption,
     NameArgument,
     NonFiniteOption,
@@ -69,6 +71,7 @@ app = typer.Typer(
 def _options(
     tensor: list[str] | None,
     profile: Profile,
+    method: Method,
     e8m0: Rounding,
     global_scale: bool,
     allow_non_finite: bool,
@@ -77,7 +80,9 @@ def _options(
     from quantmill.plans import Options
 
     overrides = tuple(parse_override(text) for text in tensor or ())
-    return Options(overrides, profile.value, e8m0.value, global_scale, allow_non_finite)
+    return Options(
+        overrides, profile.value, e8m0.value, global_scale, allow_non_finite, method.value
+    )
 
 
 # -- commands --------------------------------------------------------------------------------------
@@ -97,6 +102,7 @@ def create(
     merge_lora: LoraOption = None,
     profile: ProfileOption = Profile.MLX_CPU,
     device: DeviceOption = Device.CPU,
+    method: MethodOption = Method.RTN,
     e8m0: RoundingOption = Rounding.CEIL,
     global_scale: GlobalScaleOption = False,
     allow_non_finite: NonFiniteOption = False,
@@ -112,7 +118,7 @@ def create(
     from quantmill import creation
 
     target = parse_model_name(name)
-    options = _options(tensor, profile, e8m0, global_scale, allow_non_finite)
+    options = _options(tensor, profile, method, e8m0, global_scale, allow_non_finite)
     parsed, folder = _inputs(source, draft, modelfile)
     started = time.monotonic()
     with terminal.progress(not quiet and not json_output) as bar:
@@ -202,6 +208,7 @@ def plan(
     draft_quantize: DraftQuantizeOption = None,
     merge_lora: LoraOption = None,
     profile: ProfileOption = Profile.MLX_CPU,
+    method: MethodOption = Method.RTN,
     e8m0: RoundingOption = Rounding.CEIL,
     global_scale: GlobalScaleOption = False,
     allow_non_finite: NonFiniteOption = False,
@@ -212,7 +219,7 @@ def plan(
     """Show what `create` would do with every tensor of SOURCE, and write nothing."""
     from quantmill import creation, planreport
 
-    options = _options(tensor, profile, e8m0, global_scale, allow_non_finite)
+    options = _options(tensor, profile, method, e8m0, global_scale, allow_non_finite)
     planned = creation.plan(
         source,
         quantize=quantize,

@@ -29,6 +29,7 @@ from quantmill.source import ADAPTER, CONFIG, DRAFT, MODEL, MODEL_INDEX, OpenSou
 from quantmill.space import require_space
 from quantmill.store import Store
 from quantmill.version import __version__
+from quantmill.weightings import with_methods
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +80,10 @@ def plan(
 
 def plan_for(source: Source, request: Request, options: Options | None = None) -> Plan:
     """The plan for a source whose headers are read already; each part is planned by itself."""
+    return with_methods(_plan_for(source, request, options), source)
+
+
+def _plan_for(source: Source, request: Request, options: Options | None) -> Plan:
     if not source.parts:
         kind = _kind(source, request)
         return make_plan(source, kind, options, version=__version__, decode=request.decode)

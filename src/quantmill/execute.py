@@ -26,6 +26,8 @@ from quantmill.plans import (
     DEVICE_PROFILES,
     GPU_PROFILE,
     RECODE,
+    RTN,
+    SEARCH,
     BlobSpec,
     Options,
     Plan,
@@ -280,8 +282,36 @@ def _quantized(
         pieces = recoded(spec, sources, job.checkpoint.read_into, job.piece_bytes)
         yield from _counted(job, blob, spec, pieces)
         return
+    if spec.method == SEARCH:
+        yield from _searched(job, blob, spec)
+        return
     for piece in _pieces(job, blob, spec):
         yield job.arithmetic(piece, spec.dtype, spec.format, rounding=rounding, maximum=maximum)
+
+
+def _searched(job: _Job, blob: BlobSpec, spec: TensorSpec) -> Iterator[Quantized]:
+    """The pieces by a search; each matrix of a stack has its columns weighed by itself."""
+    from quantmill.importance import importance
+    from quantmill.searching import search
+
+    assert spec.format is not None
+    columns = spec.shape[-1]
+    matrix = columns * (spec.shape[-2] if len(spec.shape) > 1 else 1)
+    at, member, weights = 0, -1, None
+    width = DTYPE_BYTES[spec.dtype]
+    for piece in _pieces(job, blob, spec):
+        done, count = 0, piece.nbytes // width
+        while done < count:
+            current, inside = divmod(at + done, matrix)
+            if current != member or weights is None:
+                member = current
+                weighting = spec.weightings[member] if spec.weightings else None
+                weights = importance(weighting, columns, job.checkpoint)
+            end = min(count, done + matrix - inside)
+            part = piece[done * width : end * width]
+            yield search(part, spec.dtype, spec.format, weights, inside % columns)
+            done = end
+        at += count
 
 
 def _tail_sizes(spec: TensorSpec) -> list[int]:
@@ -434,4 +464,6 @@ def recorded_options(options: Options) -> dict[str, object]:
         found["e8m0"] = options.rounding
     if options.allow_non_finite:
         found["allow_non_finite"] = True
+    if options.method != RTN:
+        found["method"] = options.method
     return found

@@ -44,7 +44,9 @@ class Journal:
     def key(self, blob: BlobSpec) -> str:
         """What the blob is to be made of, and how."""
         tensors = self._source.source.tensors
-        files = [self._source.identity(tensors[n]) for t in blob.tensors for n in t.reads]
+        files = [
+            self._source.identity(tensors[n]) for t in blob.tensors for n in (*t.reads, *t.depends)
+        ]
         options = self._plan.options
         how = (options.profile, options.rounding, options.allow_non_finite)
         return digest_of(repr((_LAYOUT, self._plan.version, how, blob, files)).encode()).hex

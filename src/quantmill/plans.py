@@ -32,6 +32,13 @@ DECODING = frozenset({DECODE_FP8, DECODE_STACK_FP8, DECODE})
 """Transforms that turn codes into numbers, as the spec's `coding` says."""
 
 
+RTN, SEARCH = "rtn", "search"
+"""How codes and scales are chosen: rounding to nearest as MLX does it, or by a search for the least
+weighted error (docs/fidelity.md)."""
+
+CEIL = "ceil"
+"""How exponents of mx formats are rounded: up, or to `nearest`."""
+
 CPU_PROFILE = "mlx-cpu"
 GPU_PROFILE = "gpu"
 DEVICE_PROFILES = ("metal", "cuda")
@@ -51,14 +58,16 @@ class Options:
     """What the user may choose. The defaults give the bytes of MLX on a CPU.
 
     `profile` is whose rounding is followed: `mlx-cpu`, `gpu` for that of MLX's Metal kernels in
-    software, `metal` or `cuda` for that of the device that does the work.
+    software, `metal` or `cuda` for that of the device that does the work. `method` is how codes and
+    scales are chosen.
     """
 
     overrides: tuple[Override, ...] = ()
     profile: str = CPU_PROFILE
-    rounding: str = "ceil"
+    rounding: str = CEIL
     global_scale: bool = False
     allow_non_finite: bool = False
+    method: str = RTN
 
 
 # What a source tensor is to a coded weight.
@@ -113,6 +122,21 @@ class LowRank:
 
 
 @dataclass(frozen=True, slots=True)
+class Weighting:
+    """What weighs the columns of a matrix, by names of source tensors (docs/fidelity.md).
+
+    The norm's weights, `offset` added, squared; through matrices, the energies of their rows under
+    these, multiplied with each other, each block of `head` rows `repeats` times.
+    """
+
+    norm: str
+    offset: float = 0.0
+    through: tuple[str, ...] = ()
+    head: int = 0
+    repeats: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class TensorSpec:
     """One tensor to write.
 
@@ -122,6 +146,8 @@ class TensorSpec:
     codes become those of `format` without loss, and `dtype` is that of scales and biases. Codes
     that are copied are in the format that `keeps` names, and have their scales in specs of their
     own, by `role`. `added` is what adapters add before quantization, for each member of a stack.
+    With the `method` SEARCH `weightings` says for each member what weighs its columns; they all
+    count the same where there is none.
     """
 
     name: str
@@ -138,6 +164,13 @@ class TensorSpec:
     keeps: Format | None = None
     role: str = CODES
     added: tuple[LowRank | None, ...] = ()
+    method: str = RTN
+    weightings: tuple[Weighting, ...] = ()
+
+    @property
+    def depends(self) -> tuple[str, ...]:
+        """Names of source tensors that bytes depend on besides `reads`."""
+        return tuple(name for w in self.weightings for name in (w.norm, *w.through))
 
     @property
     def reads(self) -> tuple[str, ...]:

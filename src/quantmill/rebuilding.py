@@ -108,6 +108,7 @@ def _recorded(store: Store, manifest: Manifest) -> list[tuple[str | None, Option
         profile=str(found.get("profile", Options().profile)),
         rounding=str(found.get("e8m0", Options().rounding)),
         allow_non_finite=found.get("allow_non_finite") is True,
+        method=str(found.get("method", Options().method)),
     )
     if config:
         word = config.get("file_type")
