@@ -125,6 +125,35 @@ void decode(Bytes codes, Bytes scales, Bytes zeros, Bytes biases, const std::str
     with.decode(task);
 }
 
+nb::tuple search(Bytes weights, const std::string& dtype_name, const std::string& stored_name,
+                 const std::string& mode, int bits, int group_size, Bytes importance,
+                 std::size_t first, Room codes, Room scales, Room biases,
+                 const std::string& implementation) {
+    const Dtype dtype = dtype_of(dtype_name), stored = dtype_of(stored_name);
+    const Format format = format_of(mode, bits, group_size);
+    const Implementation& with = implementation_of(implementation);
+    const auto size = static_cast<std::size_t>(group_size);
+    const std::size_t groups = group_count(weights.size(), dtype_bytes(dtype) * size);
+    const std::size_t columns = importance.size() / sizeof(float);
+    const std::size_t bias_bytes = format.mode == Mode::affine ? dtype_bytes(stored) : 0;
+    require(dtype == stored || dtype == Dtype::f32, "other weights than F32 store their own dtype");
+    require(importance.size() % (size * sizeof(float)) == 0 && columns != 0,
+            "importance of no whole groups");
+    require(first % size == 0 && first < columns, "no group begins at that column");
+    require(codes.size() == groups * code_bytes(format), "wrong room for codes");
+    require(scales.size() == groups * scale_bytes(format, stored), "wrong room for scales");
+    require(biases.size() == groups * bias_bytes, "wrong room for biases");
+    const SearchTask task = {dtype,           stored,  format,        groups,
+                             weights.data(),  importance.data(), columns, first,
+                             codes.data(),    scales.data(),     biases.data()};
+    Outcome outcome;
+    {
+        nb::gil_scoped_release unlocked;
+        outcome = with.search(task);
+    }
+    return nb::make_tuple(outcome.non_finite, outcome.overflows);
+}
+
 nb::tuple scan_weights(Bytes weights, const std::string& dtype_name) {
     const Dtype dtype = dtype_of(dtype_name);
     const std::size_t count = group_count(weights.size(), dtype_bytes(dtype));
@@ -161,5 +190,9 @@ NB_MODULE(_native, module) {
     module.def("decode", decode, nb::arg("codes"), nb::arg("scales"), nb::arg("zeros"),
                nb::arg("biases"), nb::arg("element"), nb::arg("dtype"), nb::arg("columns"),
                nb::arg("group_columns"), nb::arg("values"), nb::arg("implementation"));
+    module.def("search", search, nb::arg("weights"), nb::arg("dtype"), nb::arg("stored"),
+               nb::arg("mode"), nb::arg("bits"), nb::arg("group_size"), nb::arg("importance"),
+               nb::arg("first"), nb::arg("codes"), nb::arg("scales"), nb::arg("biases"),
+               nb::arg("implementation"));
     module.def("scan", scan_weights, nb::arg("weights"), nb::arg("dtype"));
 }

@@ -70,6 +70,23 @@ struct DecodeTask {
 
 };
 
+// Groups whose scales and biases are searched for, by the error of every weight times the importance
+// of its column (docs/formats.md, Search). Groups follow each other along rows of `columns`, the
+// first begins at column `first`; both are whole groups. `importance` is one float32, finite and not
+// negative, for each column. `stored` is the dtype of affine scales and biases and of the values that
+// they stand for: that of the weights, or another one for weights of float32.
+struct SearchTask {
+    Dtype dtype, stored;
+    Format format;
+    std::size_t groups;
+    const std::uint8_t* weights;
+    const std::uint8_t* importance;
+    std::size_t columns, first;
+    std::uint8_t* codes;
+    std::uint8_t* scales;
+    std::uint8_t* biases;
+};
+
 // One way to compute, the same bytes as every other.
 struct Implementation {
     std::string_view name;
@@ -78,6 +95,7 @@ struct Implementation {
     Outcome (*quantize)(const QuantizeTask&);
     void (*dequantize)(const DequantizeTask&);
     void (*decode)(const DecodeTask&);
+    Outcome (*search)(const SearchTask&);
 };
 
 struct Implementations {

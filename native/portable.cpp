@@ -2,7 +2,7 @@
 // into vectors, which needs what a loop uses in local names: a byte that is written could be anything
 // else. Shares numbers with exact.h and nothing with vector.inl, whose oracle it is.
 
-#include "exact.h"
+#include "exact_search.h"
 #include "kernels.h"
 #include "targets.h"
 
@@ -197,14 +197,115 @@ Outcome quantize_exactly(const QuantizeTask& task) {
     return outcome;
 }
 
+Outcome search_exactly(const SearchTask& task) {
+    if (task.stored == Dtype::bf16) return exact_search<Bf16>(task, quantize_exactly);
+    if (task.stored == Dtype::f16) return exact_search<F16>(task, quantize_exactly);
+    return exact_search<F32>(task, quantize_exactly);
+}
+
+// -- search ---------------------------------------------------------------------------------------
+// Each step is a loop over the lanes, which compilers make a vector of.
+
+constexpr int search_lanes = 8;
+
+#include "search.inl"
+
+template <class Use>
+inline void each_lane(Use use) {
+    for (int l = 0; l < search_lanes; ++l) use(l);
+}
+
+template <class T>
+void survey(const SearchLanes& lanes, const Candidates& own, Survey& found) {
+    each_lane([&](int l) {
+        found.least[l] = found.largest[l] = lanes.x[l];
+        found.error[l] = found.h[l] = found.x[l] = 0.0;
+    });
+    for (int i = 0; i < lanes.size; ++i) {
+        each_lane([&](int l) {
+            const int at = i * search_lanes + l;
+            const float x = lanes.x[at];
+            const double h = lanes.h[at];
+            found.least[l] = x < found.least[l] ? x : found.least[l];
+            found.largest[l] = x > found.largest[l] ? x : found.largest[l];
+            const double off = x - value_on<T>(own.line(l), lanes.own[at]);
+            found.error[l] += off * off * h;
+            found.h[l] += h;
+            found.x[l] += h * x;
+        });
+    }
+}
+
+template <class T, bool sums>
+void measure(const SearchLanes& lanes, Candidates& tried) {
+    float q[search_lanes], off[search_lanes];
+    double error[search_lanes] = {}, sum_q[search_lanes] = {};
+    double sum_qq[search_lanes] = {}, sum_qx[search_lanes] = {};
+    const Candidates line = tried;
+    for (int i = 0; i < lanes.size; ++i) {
+        const float* const __restrict x = lanes.x + i * search_lanes;
+        const double* const __restrict h = lanes.h + i * search_lanes;
+        each_lane([&](int l) { q[l] = code_on(line.line(l), x[l], lanes.top); });
+        each_lane([&](int l) { off[l] = x[l] - value_on<T>(line.line(l), q[l]); });
+        each_lane([&](int l) {
+            const double wide = off[l];
+            error[l] += wide * wide * h[l];
+        });
+        if constexpr (sums) {
+            each_lane([&](int l) {
+                const double wide = q[l], weighted = h[l] * wide;
+                sum_q[l] += weighted;
+                sum_qq[l] += weighted * wide;
+                sum_qx[l] += weighted * x[l];
+            });
+        }
+    }
+    std::memcpy(tried.error, error, sizeof error);
+    if constexpr (sums) {
+        std::memcpy(tried.q, sum_q, sizeof sum_q);
+        std::memcpy(tried.qq, sum_qq, sizeof sum_qq);
+        std::memcpy(tried.qx, sum_qx, sizeof sum_qx);
+    }
+}
+
+template <class Magnitude>
+inline void errors_of_bytes(const SearchLanes& lanes, Candidates& tried, Magnitude magnitude) {
+    double error[search_lanes] = {};
+    for (int i = 0; i < lanes.size; ++i) {
+        each_lane([&](int l) {
+            const int at = i * search_lanes + l;
+            const double off = lanes.x[at] - magnitude(at, l) * tried.scale[l];
+            error[l] += off * off * lanes.h[at];
+        });
+    }
+    std::memcpy(tried.error, error, sizeof error);
+}
+
+void survey_bytes(const SearchLanes& lanes, Candidates& own) {
+    errors_of_bytes(lanes, own, [&](int at, int) { return lanes.own[at]; });
+}
+
+void measure_bytes(const SearchLanes& lanes, Candidates& tried) {
+    errors_of_bytes(lanes, tried, [&](int at, int l) {
+        return nearest_e2m1_magnitude(lanes.x[at] * tried.inverse[l]);
+    });
+}
+
+Outcome search(const SearchTask& task) {
+    if (task.stored == Dtype::bf16) return search_stored<Bf16>(task, quantize);
+    if (task.stored == Dtype::f16) return search_stored<F16>(task, quantize);
+    return search_stored<F32>(task, quantize);
+}
+
 bool supported() { return true; }
 
 }  // namespace
 
 const Implementation exact_implementation = {
     "exact",    "one group at a time, as documented", supported, quantize_exactly,
-    dequantize, decode_exactly};
+    dequantize, decode_exactly, search_exactly};
 const Implementation portable_implementation = {
-    "portable", "plain loops, for any processor", supported, quantize, dequantize, decode};
+    "portable", "plain loops, for any processor", supported, quantize, dequantize, decode,
+    search};
 
 }  // namespace quantmill

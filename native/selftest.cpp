@@ -909,6 +909,82 @@ void check_decodes(Tally& tally, Dtype dtype, std::uint64_t seed, std::size_t co
     }
 }
 
+// Importance of columns: like a model's, of any size, with columns and whole groups that have none.
+std::vector<std::uint8_t> random_importance(Random& random, std::size_t columns, std::size_t size) {
+    const std::uint32_t kind = random.below(4);
+    std::vector<std::uint32_t> raw(columns);
+    for (std::uint32_t& one : raw) {
+        const int reach = kind == 0 ? 0 : kind == 1 ? 6 : 126;
+        const int exponent = random.between(-reach, reach);
+        one = bits_of(std::ldexp(1.0f + random.fraction(), exponent));
+        if (kind == 2 && random.one_in(2)) one = 0;
+    }
+    for (std::size_t start = 0; start < columns; start += size) {
+        if (random.one_in(4)) std::fill_n(raw.begin() + static_cast<std::ptrdiff_t>(start), size, 0u);
+    }
+    return bytes_of(raw, Dtype::f32);
+}
+
+// Scales and biases that are searched for: `stored` differs from the weights' dtype for F32 only.
+void check_search(Tally& tally, const Format& format, Dtype dtype, Dtype stored, std::size_t groups,
+                  const DataSet& set, std::uint64_t seed) {
+    Random random(seed);
+    const auto size = static_cast<std::size_t>(format.group_size);
+    const std::size_t offset = seed % 64, row_groups = 1 + random.below(7);
+    std::vector<std::uint32_t> raw(groups * size);
+    for (std::size_t g = 0; g < groups; ++g) {
+        set.fill(random, Group{elements_of(dtype), format, raw.data() + g * size});
+    }
+    const std::vector<std::uint8_t> bytes = bytes_of(raw, dtype);
+    const std::vector<std::uint8_t> counts = random_importance(random, row_groups * size, size);
+    const Input weights(bytes.data(), bytes.size(), offset);
+    const Input importance(counts.data(), counts.size(), offset);
+    const std::size_t first = random.below(static_cast<std::uint32_t>(row_groups)) * size;
+    const auto search = [&](const Implementation& with, std::uint8_t fill) {
+        Quantized out = {Output(groups * code_bytes(format), offset, fill),
+                         Output(groups * scale_bytes(format, stored), offset, fill),
+                         Output(groups * bias_bytes(format, stored), offset, fill),
+                         {}};
+        out.outcome = with.search({dtype, stored, format, groups, weights.data(), importance.data(),
+                                   row_groups * size, first, out.codes.data(), out.scales.data(),
+                                   out.biases.data()});
+        return out;
+    };
+    const Problem problem = {dtype, format, groups, 1.0f, std::string("search, ") + set.name, seed,
+                             offset};
+    const Quantized expected = search(exact(), reference_fill);
+    for (const Output* one : {&expected.codes, &expected.scales, &expected.biases}) {
+        same_bytes(tally, problem, "exact", "results", one->data(), *one, nullptr);  // guards
+        tally.add_to_digest(one->data(), one->size());
+    }
+    for_each_other([&](const Implementation& one) {
+        const Quantized found = search(one, tested_fill);
+        const auto same = [&](const char* what, const Output& right, const Output& mine) {
+            return same_bytes(tally, problem, one.name, what, right.data(), mine, weights.data());
+        };
+        (void)(same("scales", expected.scales, found.scales) &&
+               same("biases", expected.biases, found.biases) &&
+               same("codes", expected.codes, found.codes));
+        const Outcome &right = expected.outcome, &mine = found.outcome;
+        if (right.non_finite != mine.non_finite || right.overflows != mine.overflows) {
+            tally.differ(problem, one.name, "counts differ");
+        }
+        ++tally.comparisons;
+    });
+    tally.weights += groups * size;
+}
+
+void check_searches(Tally& tally, const Format& format, Dtype dtype) {
+    std::uint64_t index = 0;
+    for (const DataSet& set : all_sets()) {
+        for (const std::size_t groups : {0, 1, 5, 16, 33, 65}) {
+            const std::uint64_t seed = seed_of(9, ++index, static_cast<std::uint64_t>(dtype));
+            const Dtype stored = dtype == Dtype::f32 ? all_elements[seed % 3].dtype : dtype;
+            check_search(tally, format, dtype, stored, groups, set, seed);
+        }
+    }
+}
+
 // Everything that is the same in each run, in pieces that can be done in any order.
 std::vector<std::function<void(Tally&)>> fixed_work() {
     std::vector<std::function<void(Tally&)>> work;
@@ -917,6 +993,7 @@ std::vector<std::function<void(Tally&)>> fixed_work() {
             const Dtype dtype = elements.dtype;
             work.push_back([=](Tally& tally) { check_sets(tally, format, dtype); });
             work.push_back([=](Tally& tally) { check_every_maximum(tally, format, dtype); });
+            work.push_back([=](Tally& tally) { check_searches(tally, format, dtype); });
             if (format.mode != Mode::affine) continue;
             work.push_back([=](Tally& tally) { check_affine_values(tally, format, dtype); });
         }
@@ -947,6 +1024,8 @@ void check_round(Tally& tally, std::uint64_t seed) {
             const Problem problem = {dtype, format, groups, 1.0f, set.name, random.next(), offset};
             quantize_data_set(tally, problem, false, set);
             if (format.mode == Mode::nvfp4) quantize_data_set(tally, problem, true, set);
+            const Dtype stored = dtype == Dtype::f32 ? all_elements[random.below(3)].dtype : dtype;
+            check_search(tally, format, dtype, stored, random.below(100), set, random.next());
             if (format.mode != Mode::affine && dtype != Dtype::bf16) continue;  // BF16 only
             const std::uint64_t own_seed = random.next();
             const Problem coded = {dtype, format, groups, 1.0f, "any scales", own_seed, offset};

@@ -9,6 +9,7 @@
 #include <immintrin.h>
 
 #include "exact.h"
+#include "search.h"
 
 namespace quantmill {
 namespace {
@@ -40,6 +41,24 @@ struct V {
     static F fnma(F a, F b, F c) { return _mm256_fnmadd_ps(a, b, c); }
     static I to_int(F v) { return _mm256_cvtps_epi32(v); }
     static F from_int(I v) { return _mm256_cvtepi32_ps(v); }
+
+    // Lanes of float64: the lower ones and the upper ones.
+    struct D {
+        __m256d a, b;
+    };
+    static D widen(F v) {
+        return {_mm256_cvtps_pd(_mm256_castps256_ps128(v)),
+                _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1))};
+    }
+    static D load_d(const double* from) {
+        return {_mm256_loadu_pd(from), _mm256_loadu_pd(from + 4)};
+    }
+    static void store_d(double* to, D v) {
+        _mm256_storeu_pd(to, v.a);
+        _mm256_storeu_pd(to + 4, v.b);
+    }
+    static D add_d(D v, D w) { return {_mm256_add_pd(v.a, w.a), _mm256_add_pd(v.b, w.b)}; }
+    static D mul_d(D v, D w) { return {_mm256_mul_pd(v.a, w.a), _mm256_mul_pd(v.b, w.b)}; }
 
     static I iadd(I a, I b) { return _mm256_add_epi32(a, b); }
     static I isub(I a, I b) { return _mm256_sub_epi32(a, b); }
@@ -153,6 +172,11 @@ struct V {
 #include "decode.inl"
 #include "vector.inl"
 
+constexpr int search_lanes = V::lanes;
+
+#include "search.inl"
+#include "search_vector.inl"
+
 bool supported() {
     __builtin_cpu_init();
     unsigned a, b, c, d;  // older Clang cannot be asked for F16C by name
@@ -163,7 +187,8 @@ bool supported() {
 }  // namespace
 
 const Implementation avx2_implementation = {
-    "avx2", "vectors of 256 bits (AVX2, FMA, F16C)", supported, quantize, dequantize, decode};
+    "avx2", "vectors of 256 bits (AVX2, FMA, F16C)", supported, quantize, dequantize, decode,
+    search};
 
 }  // namespace quantmill
 

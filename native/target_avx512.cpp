@@ -8,6 +8,7 @@
 #include <immintrin.h>
 
 #include "exact.h"
+#include "search.h"
 
 namespace quantmill {
 namespace {
@@ -61,6 +62,24 @@ struct V {
         return _mm512_cvt_roundps_epi32(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     }
     static F from_int(I v) { return _mm512_cvtepi32_ps(v); }
+
+    // Lanes of float64: the lower ones and the upper ones.
+    struct D {
+        __m512d a, b;
+    };
+    static D widen(F v) {
+        return {_mm512_cvtps_pd(_mm512_castps512_ps256(v)),
+                _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1))};
+    }
+    static D load_d(const double* from) {
+        return {_mm512_loadu_pd(from), _mm512_loadu_pd(from + 8)};
+    }
+    static void store_d(double* to, D v) {
+        _mm512_storeu_pd(to, v.a);
+        _mm512_storeu_pd(to + 8, v.b);
+    }
+    static D add_d(D v, D w) { return {_mm512_add_pd(v.a, w.a), _mm512_add_pd(v.b, w.b)}; }
+    static D mul_d(D v, D w) { return {_mm512_mul_pd(v.a, w.a), _mm512_mul_pd(v.b, w.b)}; }
 
     static I iadd(I a, I b) { return _mm512_add_epi32(a, b); }
     static I isub(I a, I b) { return _mm512_sub_epi32(a, b); }
@@ -235,6 +254,11 @@ struct V {
 #include "decode.inl"
 #include "vector.inl"
 
+constexpr int search_lanes = V::lanes;
+
+#include "search.inl"
+#include "search_vector.inl"
+
 bool supported() {
     __builtin_cpu_init();
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -246,7 +270,7 @@ bool supported() {
 
 const Implementation avx512_implementation = {
     "avx512", "vectors of 512 bits (AVX-512 F, BW, DQ, VL)", supported, quantize, dequantize,
-    decode};
+    decode, search};
 
 }  // namespace quantmill
 

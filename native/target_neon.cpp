@@ -8,6 +8,7 @@
 #include <arm_neon.h>
 
 #include "exact.h"
+#include "search.h"
 
 namespace quantmill {
 namespace {
@@ -47,6 +48,19 @@ struct V {
     static F fnma(F a, F b, F c) { return vfmsq_f32(c, a, b); }
     static I to_int(F v) { return vcvtnq_s32_f32(v); }
     static F from_int(I v) { return vcvtq_f32_s32(v); }
+
+    // Lanes of float64: the lower ones and the upper ones.
+    struct D {
+        float64x2_t a, b;
+    };
+    static D widen(F v) { return {vcvt_f64_f32(vget_low_f32(v)), vcvt_high_f64_f32(v)}; }
+    static D load_d(const double* from) { return {vld1q_f64(from), vld1q_f64(from + 2)}; }
+    static void store_d(double* to, D v) {
+        vst1q_f64(to, v.a);
+        vst1q_f64(to + 2, v.b);
+    }
+    static D add_d(D v, D w) { return {vaddq_f64(v.a, w.a), vaddq_f64(v.b, w.b)}; }
+    static D mul_d(D v, D w) { return {vmulq_f64(v.a, w.a), vmulq_f64(v.b, w.b)}; }
 
     static I iadd(I a, I b) { return vaddq_s32(a, b); }
     static I isub(I a, I b) { return vsubq_s32(a, b); }
@@ -172,12 +186,17 @@ struct V {
 #include "decode.inl"
 #include "vector.inl"
 
+constexpr int search_lanes = V::lanes;
+
+#include "search.inl"
+#include "search_vector.inl"
+
 bool supported() { return true; }
 
 }  // namespace
 
 const Implementation neon_implementation = {"neon", "vectors of 128 bits (NEON)", supported,
-                                            quantize, dequantize, decode};
+                                            quantize, dequantize, decode, search};
 
 }  // namespace quantmill
 

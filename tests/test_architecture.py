@@ -41,6 +41,8 @@ LAYERS = [
         "elements",
         "kernels",
         "quantize",
+        "searching",
+        "searchedarrays",
         "mlxquantize",
         "gpuround",
         "journal",

@@ -37,4 +37,18 @@ def decode(
     values: WriteableBuffer,
     implementation: str,
 ) -> None: ...
+def search(
+    weights: ReadableBuffer,
+    dtype: str,
+    stored: str,
+    mode: str,
+    bits: int,
+    group_size: int,
+    importance: ReadableBuffer,
+    first: int,
+    codes: WriteableBuffer,
+    scales: WriteableBuffer,
+    biases: WriteableBuffer,
+    implementation: str,
+) -> tuple[int, int]: ...
 def scan(weights: ReadableBuffer, dtype: str) -> tuple[int, float]: ...

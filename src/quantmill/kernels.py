@@ -121,6 +121,34 @@ def quantize(raw: memoryview, dtype: str, fmt: Format, encode: float = 1.0) -> Q
     return Quantized(codes, scales, biases, non_finite)
 
 
+def search(
+    raw: memoryview, dtype: str, stored: str, fmt: Format, importance: memoryview, first: int
+) -> Quantized | None:
+    """Search scales and biases of whole groups, or None where the extension is not in use.
+
+    `importance` holds a float32 in raw bytes for each column, `first` is the column that `raw`
+    begins at; both are whole groups. Affine scales and biases have dtype `stored`: the weights', or
+    any where those are F32. Raises BadWeights as `quantize` does.
+    """
+    with_ = in_use()
+    if with_ == MLX:
+        return None
+    from quantmill import _native
+
+    groups = raw.nbytes // DTYPE_BYTES[dtype] // fmt.group_size
+    scale_bytes = groups * DTYPE_BYTES[fmt.scale_dtype(stored)]
+    codes = memoryview(bytearray(groups * fmt.group_size * fmt.bits // 8))
+    scales = memoryview(bytearray(scale_bytes))
+    biases = memoryview(bytearray(scale_bytes)) if fmt.has_bias else None
+    non_finite, overflows = _native.search(
+        raw, dtype, stored, fmt.mode, fmt.bits, fmt.group_size, importance, first,
+        codes, scales, _NOTHING if biases is None else biases, with_,
+    )  # fmt: skip
+    if overflows:
+        raise too_large()
+    return Quantized(codes, scales, biases, non_finite)
+
+
 def dequantize(
     codes: memoryview,
     scales: memoryview,

@@ -1,0 +1,98 @@
+// What the search measures, over the operations of an instruction set: the loops of search.h with a
+// group in every lane. Included after vector.inl and search.inl.
+
+using D = V::D;
+
+template <class T>
+inline F values_on(F scale, F bias, F codes) {
+    return rounded<T>(V::add(rounded<T>(V::mul(codes, scale)), bias));
+}
+
+inline D weighted_square(F off, D h) {
+    const D wide = V::widen(off);
+    return V::mul_d(V::mul_d(wide, wide), h);
+}
+
+template <class T>
+void survey(const SearchLanes& lanes, const Candidates& own, Survey& found) {
+    const F scale = V::loadf(own.scale), bias = V::loadf(own.bias);
+    F least = V::loadf(lanes.x), largest = least;
+    D error = V::widen(V::set(0.0f)), sum_h = error, sum_x = error;
+    for (int i = 0; i < lanes.size; ++i) {
+        const F x = V::loadf(lanes.x + i * search_lanes);
+        const D h = V::load_d(lanes.h + i * search_lanes);
+        least = V::min(least, x);
+        largest = V::max(largest, x);
+        const F values = values_on<T>(scale, bias, V::loadf(lanes.own + i * search_lanes));
+        error = V::add_d(error, weighted_square(V::sub(x, values), h));
+        sum_h = V::add_d(sum_h, h);
+        sum_x = V::add_d(sum_x, V::mul_d(h, V::widen(x)));
+    }
+    V::storef(found.least, least);
+    V::storef(found.largest, largest);
+    V::store_d(found.error, error);
+    V::store_d(found.h, sum_h);
+    V::store_d(found.x, sum_x);
+}
+
+template <class T, bool sums>
+void measure(const SearchLanes& lanes, Candidates& tried) {
+    const F scale = V::loadf(tried.scale), bias = V::loadf(tried.bias);
+    const F inverse = V::loadf(tried.inverse), top = V::set(lanes.top);
+    const F aligning = V::set(12582912.0f), zero = V::set(0.0f);
+    D error = V::widen(zero), sum_q = error, sum_qq = error, sum_qx = error;
+    for (int i = 0; i < lanes.size; ++i) {
+        const F x = V::loadf(lanes.x + i * search_lanes);
+        const D h = V::load_d(lanes.h + i * search_lanes);
+        const F step = V::mul(V::sub(x, bias), inverse);
+        const F inside = V::min(V::max(step, zero), top);
+        const F q = V::sub(V::add(inside, aligning), aligning);
+        error = V::add_d(error, weighted_square(V::sub(x, values_on<T>(scale, bias, q)), h));
+        if constexpr (sums) {
+            const D wide = V::widen(q), weighted = V::mul_d(h, wide);
+            sum_q = V::add_d(sum_q, weighted);
+            sum_qq = V::add_d(sum_qq, V::mul_d(weighted, wide));
+            sum_qx = V::add_d(sum_qx, V::mul_d(weighted, V::widen(x)));
+        }
+    }
+    V::store_d(tried.error, error);
+    if constexpr (sums) {
+        V::store_d(tried.q, sum_q);
+        V::store_d(tried.qq, sum_qq);
+        V::store_d(tried.qx, sum_qx);
+    }
+}
+
+inline void survey_bytes(const SearchLanes& lanes, Candidates& own) {
+    const F scale = V::loadf(own.scale);
+    D error = V::widen(V::set(0.0f));
+    for (int i = 0; i < lanes.size; ++i) {
+        const F x = V::loadf(lanes.x + i * search_lanes);
+        const F values = V::mul(V::loadf(lanes.own + i * search_lanes), scale);
+        const D h = V::load_d(lanes.h + i * search_lanes);
+        error = V::add_d(error, weighted_square(V::sub(x, values), h));
+    }
+    V::store_d(own.error, error);
+}
+
+inline void measure_bytes(const SearchLanes& lanes, Candidates& tried) {
+    const F scale = V::loadf(tried.scale), inverse = V::loadf(tried.inverse);
+    D error = V::widen(V::set(0.0f));
+    for (int i = 0; i < lanes.size; ++i) {
+        const F x = V::loadf(lanes.x + i * search_lanes);
+        const F size = V::min(V::mul(x, inverse), V::set(6.0f));
+        const I exponent = V::iand(V::as_int(size), V::seti(0x7F800000));
+        const I unit = V::imax(exponent, V::seti(0x3F800000));
+        const F aligning = V::as_float(V::iadd(unit, V::seti(22 << 23)));
+        const F values = V::mul(V::sub(V::add(size, aligning), aligning), scale);
+        const D h = V::load_d(lanes.h + i * search_lanes);
+        error = V::add_d(error, weighted_square(V::sub(x, values), h));
+    }
+    V::store_d(tried.error, error);
+}
+
+Outcome search(const SearchTask& task) {
+    if (task.stored == Dtype::bf16) return search_stored<Bf16>(task, quantize);
+    if (task.stored == Dtype::f16) return search_stored<F16>(task, quantize);
+    return search_stored<F32>(task, quantize);
+}
