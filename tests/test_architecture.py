@@ -51,6 +51,7 @@ LAYERS = [
         "transforms",
         "coding",
         "importance",
+        "gptq",
         "merging",
         "adaptersource",
         "hub",

@@ -309,7 +309,7 @@ def _searched(job: _Job, blob: BlobSpec, spec: TensorSpec) -> Iterator[Quantized
                 weights = importance(weighting, columns, job.checkpoint)
             end = min(count, done + matrix - inside)
             part = piece[done * width : end * width]
-            yield search(part, spec.dtype, spec.format, weights, inside % columns)
+            yield search(part, spec.dtype, spec.format, weights.data, inside % columns)
             done = end
         at += count
 
