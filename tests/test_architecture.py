@@ -88,6 +88,8 @@ LAYERS = [
         "export",
         "denseweights",
         "forward",
+        "windows",
+        "activations",
     },
     {"report", "planreport", "terminal", "arguments", "conversation", "sharing", "upkeep", "cli"},
 ]
