@@ -124,7 +124,7 @@ class Tokenizer:
     def __init__(self, *before: int) -> None:
         self.before = list(before)
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True, **_: bool) -> list[int]:
         return (self.before if add_special_tokens else []) + [ord(c) for c in text]
 
 

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from quantmill import blas
+
 if TYPE_CHECKING:
     from quantmill.forward import Given
     from quantmill.model import Model
@@ -126,6 +128,7 @@ def _passed(
     progress: Progress | None,
 ) -> Iterator[_Sums]:
     """The sums after each block and after the head."""
+    blas.preload()  # before anything loads MLX
     from quantmill.forward import Forward
 
     forward = Forward(model, windows)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import mlx.core as mx
@@ -26,8 +27,11 @@ from quantmill.model import Model
 Windows = npt.NDArray[np.integer[Any]]
 """Token ids [windows, length]."""
 
-TOKENS_AT_ONCE = 1024
+TOKENS_AT_ONCE = 512
 """Tokens that go through a block together, in whole windows: enough for fast matrix products."""
+
+_LANES = 2
+"""So many of those at a time: MLX uses one processor for all but matrix products on a CPU."""
 
 
 _INSTEAD = "`quantmill diff` compares the weights of such a model with those it was made from"
@@ -55,16 +59,24 @@ Observe = Callable[[Sequence[Given]], None]
 # -- in the place of mlx-lm's modules --------------------------------------------------------------
 
 
+_Seen = tuple[str, mx.array, mx.array | None]
+"""Path of a layer, its input, and for experts which of them each row is for."""
+
+
 @dataclass(slots=True)
 class _Watch:
     """What the layers of the block at work were given, in the order of their calls."""
 
     on: bool = False
-    seen: list[tuple[str, mx.array, mx.array | None]] = field(default_factory=list)
+    seen: list[_Seen] = field(default_factory=list)
 
     def note(self, path: str, x: mx.array, indices: mx.array | None = None) -> None:
         if self.on:
             self.seen.append((path, x, indices))
+
+    def take(self) -> list[_Seen]:
+        found, self.seen = self.seen, []
+        return found
 
 
 class _Table(nn.Module):
@@ -231,8 +243,7 @@ class Forward:
         architectures that mlx-lm does not have or that are not made of blocks in a row, Corrupt
         when the weights do not fit.
         """
-        mlxlm.require_mlx_lm()
-        self._target, config = _empty(model)
+        self._target, config = empty_model(model)
         self._kind = str(config["model_type"])
         self._target.eval()
         path, self._inner = _inner(model, self._target, self._kind)
@@ -250,6 +261,7 @@ class Forward:
         self._blocks: list[nn.Module] = list(self._inner.layers)
         self._weights.fill(self._inner, self._prefix, [f"{self._prefix}layers."])
         self._prepare()
+        self._lanes = lanes()
         self._streams = [self._begin(chunk) for chunk in _chunks(np.asarray(windows))]
 
     def __len__(self) -> int:
@@ -265,12 +277,18 @@ class Forward:
         placeholders = block.parameters()
         self._weights.fill(block, f"{self._prefix}layers.{index}.")
         self._stations.running, self._watch.on = True, observe is not None
-        for stream in self._streams:
-            call = stream.calls[index]
-            stream.hidden = block(stream.hidden, *call.args, **call.others)
-            mx.eval(stream.hidden, [x for _, x, _ in self._watch.seen])
+        for start in range(0, len(self._streams), _LANES):
+            seen = []
+            streams = self._streams[start : start + _LANES]
+            for stream, lane in zip(streams, self._lanes, strict=False):
+                call = stream.calls[index]
+                with mx.stream(lane):
+                    stream.hidden = block(stream.hidden, *call.args, **call.others)
+                seen.append(self._watch.take())
+            mx.eval([s.hidden for s in streams], [x for one in seen for _, x, _ in one])
             if observe is not None:
-                observe(self._taken())
+                for one in seen:
+                    observe(self._given(one))
         self._stations.running = self._watch.on = False
         block.update(placeholders)  # never computed: what was in their place is let go of
 
@@ -290,7 +308,7 @@ class Forward:
                 self._watch.on = True
                 self.logits(found[-1])  # not computed: only the head's input is looked at
                 self._watch.on = False
-                observe(self._taken())
+                observe(self._given(self._watch.take()))
         self._streams = []
         self._stations.last = None
         return np.concatenate(found)
@@ -347,10 +365,9 @@ class Forward:
         mx.eval(first)
         return _Stream(tokens, first, calls)
 
-    def _taken(self) -> list[Given]:
-        """What was noted since the last time, one for each input and expert."""
+    def _given(self, seen: Sequence[_Seen]) -> list[Given]:
+        """What was noted, one for each input and expert."""
         groups: dict[tuple[int, int], list[int]] = {}
-        seen, self._watch.seen = self._watch.seen, []
         for place, (_, x, indices) in enumerate(seen):
             groups.setdefault((id(x), id(indices)), []).append(place)
         found: list[Given] = []
@@ -380,6 +397,18 @@ def _of_expert(
         yield Given(single, values)
 
 
+@cache  # a stream of MLX has a thread, and is never closed
+def _cpu_lanes() -> list[mx.Stream]:
+    return [mx.new_stream(mx.cpu) for _ in range(_LANES)]
+
+
+def lanes() -> list[mx.Stream]:
+    """Streams for work that may overlap: MLX uses one processor for each on a CPU."""
+    device = mx.default_device()
+    on_cpu = device == mx.Device(mx.cpu)
+    return _cpu_lanes() if on_cpu else [mx.default_stream(device)] * _LANES
+
+
 def _chunks(windows: Windows) -> Iterator[mx.array]:
     at_once = max(1, TOKENS_AT_ONCE // windows.shape[1])
     for start in range(0, len(windows), at_once):
@@ -406,11 +435,12 @@ def _no_blocks(where: str, kind: str) -> BadPlan:
     )
 
 
-def _empty(model: Model) -> tuple[nn.Module, dict[str, Any]]:
+def empty_model(model: Model) -> tuple[nn.Module, dict[str, Any]]:
+    """mlx-lm's module without weights, and its config; raises BadPlan where there is no pass."""
     try:
         return mlxlm.empty_model(model)
     except BadPlan as error:
         if error.kind not in {"unsupported_architecture", "pipeline"}:
             raise
-        what = f"{error.message}, so there is no forward pass"
+        what = f"{error.message.rstrip('.')}, so there is no forward pass"
         raise BadPlan(what, kind="unsupported_architecture", hint=_INSTEAD) from None

@@ -68,7 +68,8 @@ def text_tokens(tokenizer: Any, text: str, length: int, count: int | None = None
     into its length; others have none. Raises BadRequest for a text that is too short.
     """
     before = _before(tokenizer)
-    ids = np.asarray(tokenizer.encode(text, add_special_tokens=False), np.int32)
+    # not verbose: transformers warns of texts longer than a model's context, which windows are not
+    ids = np.asarray(tokenizer.encode(text, add_special_tokens=False, verbose=False), np.int32)
     own = length - len(before)
     if own < 1 or len(ids) < own * (count or 1):
         raise BadRequest(
