@@ -15,6 +15,7 @@ from quantmill.version import __version__
 if TYPE_CHECKING:
     from quantmill.creation import Created, create, plan
     from quantmill.errors import QuantmillError
+    from quantmill.evaluation import evaluate
     from quantmill.execute import Progress
     from quantmill.facts import list_models, show
     from quantmill.formats import Format, parse_format
@@ -43,6 +44,7 @@ _HOMES = {
     "Store": "store",
     "copy": "pruning",
     "create": "creation",
+    "evaluate": "evaluation",
     "list_models": "facts",
     "open_model": "load",
     "parse_format": "formats",
@@ -74,6 +76,7 @@ __all__ = [
     "__version__",
     "copy",
     "create",
+    "evaluate",
     "list_models",
     "open_model",
     "parse_format",

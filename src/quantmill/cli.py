@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from quantmill import conversation, sharing, terminal, upkeep
+from quantmill import conversation, evaluating, sharing, terminal, upkeep
 from quantmill.arguments import (
     SOURCE_HELP,
     ComponentOption,
@@ -303,6 +303,7 @@ def _root(
 
 app.command("run")(conversation.run_model)
 app.command()(conversation.serve)
+app.command("eval")(evaluating.evaluate_model)
 app.command()(sharing.pull)
 app.command()(sharing.push)
 app.command()(sharing.login)

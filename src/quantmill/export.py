@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -32,8 +31,6 @@ SHARD_BYTES = 5 << 30
 """A shard is closed before it would grow beyond this; a larger tensor has one of its own."""
 
 TARGETS = ("mlx-lm", "hf")
-
-_MOST_FILES = 8192
 
 _TAGS = {
     mx.bfloat16: "BF16", mx.float16: "F16", mx.float32: "F32", mx.uint8: "U8", mx.uint16: "U16",
@@ -115,7 +112,7 @@ _Written = tuple[tuple[str, ...], int, int]
 def _write_mlx_lm(
     model: Model, folder: Path, shard_bytes: int, again: Format | None
 ) -> tuple[_Written, tuple[str, ...]]:
-    _allow_many_files()
+    mlxlm.allow_many_files()
     target, config = mlxlm.empty_model(model)
     named = mlxlm.named_for(model, target, again)
     model.forget()  # what is written is let go of: only the arrays not written yet are held
@@ -130,14 +127,6 @@ def _write_mlx_lm(
     _write_json(folder / CONFIG, dict(sorted(kept.items())))
     written = _write_shards(folder, tensors, shard_bytes, {"total_parameters": logical})
     return written, named.decoded
-
-
-def _allow_many_files() -> None:
-    """Let as many files be open as the system permits: an array not read yet holds its file."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _logical(tensor: _Tensor, formats: Mapping[str, Format]) -> int:

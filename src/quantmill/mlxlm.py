@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import resource
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -28,6 +29,7 @@ from quantmill.source import CONFIG, MODEL_INDEX
 
 _STACK = re.compile(r"(.*\.experts)\.([^.]+)\.weight")
 _CODES = mx.uint32
+_MOST_FILES = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +185,14 @@ def named_for(model: Model, target: nn.Module, again: Format | None = None) -> N
     return Named(weights, chosen, decoded)
 
 
+def allow_many_files() -> None:
+    """Let as many files be open as the system permits: an array not read yet holds its file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def _biases(parts: Parts) -> mx.array | None:
     return parts.scales if parts.biases is None else parts.biases
 
@@ -200,6 +210,33 @@ def _with(
     pick: Callable[[Parts], mx.array | None],
 ) -> dict[str, Any]:
     return {name: pick(p) if name in packed else p.weight for name, p in parts.items()}
+
+
+def stored_names(model: Model) -> dict[str, tuple[str, ...]]:
+    """The weights of the model that each of mlx-lm's matrices is made of.
+
+    One name for a matrix, one for each expert for a stack (the same name, where the model has them
+    stacked). What `sanitize` does is found out by sending it marks in the place of weights: one
+    column, filled with the number of the weight.
+    """
+    names = list(model)
+    whole = keeps_stacks(model.config)
+    marks: dict[str, mx.array] = {}
+    for number, name in enumerate(names):
+        shape = model.shape(name)
+        kept = (*shape[:-1], 1) if len(shape) > 1 else shape
+        stack = None if whole or len(shape) != 3 else stack_name(name)
+        if stack is None:
+            marks[name] = mx.full(kept, number, mx.float32)
+            continue
+        for index in range(shape[0]):
+            marks[f"{stack[0]}.{index}.{stack[1]}.weight"] = mx.full(kept[1:], number, mx.float32)
+    found: dict[str, tuple[str, ...]] = {}
+    for name, mark in _sanitized(empty_model(model)[0], marks).items():
+        if mark.ndim > 1 and mark.size:
+            numbers: Any = mark.reshape(mark.shape[0] if mark.ndim > 2 else 1, -1)[:, 0].tolist()
+            found[name] = tuple(names[int(number)] for number in numbers)
+    return found
 
 
 def _sanitized(target: nn.Module, weights: dict[str, mx.array]) -> dict[str, mx.array]:

@@ -50,10 +50,13 @@ def warn(lines: Sequence[str]) -> None:
 
 
 @contextmanager
-def progress(shown: bool) -> Iterator[Callable[[int, int, str], None] | None]:
+def progress(
+    shown: bool, *, counted: str = "bytes"
+) -> Iterator[Callable[[int, int, str], None] | None]:
     """A live bar on stderr: a label, bytes, rate, time left. Nothing where nobody looks.
 
-    Gives a function of bytes done, bytes in all, and the label.
+    Gives a function of bytes done, bytes in all, and the label; with another word for what is
+    `counted`, of steps, which have no rate.
     """
     if not shown or not sys.stderr.isatty():
         yield None
@@ -62,17 +65,20 @@ def progress(shown: bool) -> Iterator[Callable[[int, int, str], None] | None]:
     from rich.progress import (
         BarColumn,
         DownloadColumn,
+        MofNCompleteColumn,
+        ProgressColumn,
         TextColumn,
         TimeRemainingColumn,
         TransferSpeedColumn,
     )
     from rich.progress import Progress as Bar
 
+    of_bytes: list[ProgressColumn] = [DownloadColumn(), TransferSpeedColumn()]
+    of_steps: list[ProgressColumn] = [MofNCompleteColumn(), TextColumn(counted)]
     with Bar(
         TextColumn("{task.fields[label]}"),
         BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
+        *(of_bytes if counted == "bytes" else of_steps),
         TimeRemainingColumn(),
         console=Console(stderr=True),
         transient=True,
