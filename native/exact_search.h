@@ -30,7 +30,7 @@ class ExactAffineSearch {
         best_ = line;
         try_line(line);
         for (int number = 0; number < cuts * cuts; ++number) {
-            try_line(cut_line<T>(number, least, largest, top_));
+            try_line(stored_line<T>(cut(number, least, largest, top_)));
         }
         if (!improved_) return false;
         line = best_;
@@ -74,7 +74,7 @@ class ExactAffineSearch {
                 sum_.qq += weighted * q;
                 sum_.qx += weighted * x_[i];
             }
-            line = fitted_line<T>(sum_);
+            line = stored_line<T>(fit(sum_));
         }
     }
 };
@@ -131,8 +131,8 @@ void exact_search_group(const SearchTask& task, std::size_t index, const OwnGrou
         }
         return;
     }
-    Line line = stored_line<T>(own.number(own.scales, task.dtype, place),
-                               own.number(own.biases, task.dtype, place));
+    Line line = stored_line<T>({own.number(own.scales, task.dtype, place),
+                                own.number(own.biases, task.dtype, place)});
     if (!is_finite(line.scale) || !is_finite(line.bias)) return;
     if (!ExactAffineSearch<T>(x, h, size, format.bits).improve(codes, line)) return;
     pack(codes, size, format.bits, packed);

@@ -291,6 +291,20 @@ void measure_bytes(const SearchLanes& lanes, Candidates& tried) {
     });
 }
 
+void codes_on_line(const float* __restrict x, int size, const Line& line, float top,
+                   std::uint8_t* __restrict codes) {
+    const Line own = line;
+    for (int i = 0; i < size; ++i) {
+        codes[i] = static_cast<std::uint8_t>(static_cast<int>(code_on(own, x[i], top)));
+    }
+}
+
+void codes_of_scale(const float* x, int size, float inverse, std::uint8_t* codes) {
+    for (int i = 0; i < size; ++i) {
+        codes[i] = e2m1_code(nearest_e2m1_magnitude(absolute(x[i]) * inverse), x[i]);
+    }
+}
+
 Outcome search(const SearchTask& task) {
     if (task.stored == Dtype::bf16) return search_stored<Bf16>(task, quantize);
     if (task.stored == Dtype::f16) return search_stored<F16>(task, quantize);

@@ -19,6 +19,11 @@ constexpr int rounds = 3;
 // nvfp4: scale bytes around MLX's own.
 constexpr int bytes_below = 3, bytes_above = 7, least_byte = 1, largest_byte = 126;
 
+// A scale and a bias before they are stored.
+struct Fit {
+    float scale, bias;
+};
+
 // A scale and a bias as stored, and the scale's reciprocal in float32.
 struct Line {
     float scale, bias, inverse;
@@ -27,23 +32,27 @@ struct Line {
 // What lanes without a candidate are measured with, to no effect.
 constexpr Line no_line = {1.0f, 0.0f, 1.0f};
 
-inline bool is_usable(const Line& line) {
-    return is_finite(line.scale) && line.scale != 0.0f && is_finite(line.inverse) &&
-           is_finite(line.bias);
+// All ones where it can be used: finite, and no scale of 0.
+inline std::uint32_t usable_mask(const Line& line) {
+    const std::uint32_t scale = (bits_of(line.scale) & ~sign_bit) - 1u;  // 0 becomes the largest
+    const std::uint32_t bias = bits_of(line.bias) & ~sign_bit;
+    const std::uint32_t inverse = bits_of(line.inverse) & ~sign_bit;
+    const std::uint32_t largest = bias > inverse ? bias : inverse;
+    return scale < infinity_bits - 1u ? (largest < infinity_bits ? ~0u : 0u) : 0u;
 }
+inline bool is_usable(const Line& line) { return usable_mask(line) != 0; }
 
 template <class T>
-inline Line stored_line(float scale, float bias) {
-    const float stored = T::round(scale);
-    return {stored, T::round(bias), 1.0f / stored};
+inline Line stored_line(const Fit& exact) {
+    const float scale = T::round(exact.scale);
+    return {scale, T::round(exact.bias), 1.0f / scale};
 }
 
 // Candidate `number` of a group that reaches from `least` to `largest`.
-template <class T>
-inline Line cut_line(int number, float least, float largest, float top) {
+inline Fit cut(int number, float least, float largest, float top) {
     const int below = number / cuts, above = number % cuts;
     const float range = largest - least;
-    return stored_line<T>(kept_range[below + above] * range / top, least + cut_below[below] * range);
+    return {kept_range[below + above] * range / top, least + cut_below[below] * range};
 }
 
 // Sums over a group, h the importance, x the weight, q its code.
@@ -51,14 +60,13 @@ struct Sums {
     double h, x, q, qq, qx;
 };
 
-// The line nearest to the weights for these codes: weighted least squares.
-template <class T>
-inline Line fitted_line(const Sums& sum) {
+// The line nearest to the weights for these codes: weighted least squares. Its scale is 0, which is
+// not usable, where codes are all alike.
+inline Fit fit(const Sums& sum) {
     const double determinant = sum.h * sum.qq - sum.q * sum.q;
-    if (!(determinant > 0.0)) return {0.0f, 0.0f, 0.0f};
     const double scale = (sum.h * sum.qx - sum.q * sum.x) / determinant;
     const double bias = (sum.qq * sum.x - sum.q * sum.qx) / determinant;
-    return stored_line<T>(static_cast<float>(scale), static_cast<float>(bias));
+    return {static_cast<float>(determinant > 0.0 ? scale : 0.0), static_cast<float>(bias)};
 }
 
 // The code of a weight as a number: never NaN, as lines are usable and weights finite.

@@ -38,12 +38,33 @@ void measure(const SearchLanes& lanes, Candidates& tried);
 void measure_bytes(const SearchLanes& lanes, Candidates& tried);
 void survey_bytes(const SearchLanes& lanes, Candidates& own);
 
-struct Best {
-    double error[search_lanes];
-    Line line[search_lanes];
-    int byte[search_lanes];
-    bool improved[search_lanes];
+// The best of every lane so far; what is none of a lane's candidates is barred by an infinite error.
+// Loops over lanes are written without branches, each over numbers of one width, so that compilers
+// make vectors of them: a quarter of the time would go into them otherwise.
+struct alignas(64) Best {
+    double error[search_lanes], barred[search_lanes];
+    float scale[search_lanes], bias[search_lanes], inverse[search_lanes];
+    std::int32_t byte[search_lanes], improved[search_lanes], better[search_lanes];
+
+    void keep_better(const Candidates& tried) {
+        alignas(64) std::int64_t found[search_lanes];
+        for (int l = 0; l < search_lanes; ++l) {
+            const double own = tried.error[l] + barred[l];
+            found[l] = own < error[l] ? -1 : 0;
+            error[l] = own < error[l] ? own : error[l];
+        }
+        for (int l = 0; l < search_lanes; ++l) better[l] = static_cast<std::int32_t>(found[l]);
+        for (int l = 0; l < search_lanes; ++l) {
+            scale[l] = better[l] != 0 ? tried.scale[l] : scale[l];
+            bias[l] = better[l] != 0 ? tried.bias[l] : bias[l];
+            inverse[l] = better[l] != 0 ? tried.inverse[l] : inverse[l];
+            improved[l] |= better[l];
+        }
+    }
+    Line line(int lane) const { return {scale[lane], bias[lane], inverse[lane]}; }
 };
+
+constexpr double no_error = __builtin_huge_val();
 
 template <class T>
 class AffineSearch {
@@ -53,12 +74,12 @@ class AffineSearch {
         survey<T>(lanes, own, survey_);
         for (int l = 0; l < search_lanes; ++l) {
             best.error[l] = survey_.error[l];
-            open_[l] = open[l] && survey_.largest[l] != survey_.least[l];
+            open_[l] = open[l] && survey_.largest[l] != survey_.least[l] ? ~0u : 0u;
         }
-        try_lines([&](int l) { return own.line(l); });
+        try_lines([&](int l) { return Fit{own.scale[l], own.bias[l]}; });
         for (int number = 0; number < cuts * cuts; ++number) {
             try_lines([&](int l) {
-                return cut_line<T>(number, survey_.least[l], survey_.largest[l], lanes.top);
+                return cut(number, survey_.least[l], survey_.largest[l], lanes.top);
             });
         }
     }
@@ -68,36 +89,39 @@ class AffineSearch {
     Best& best_;
     Survey survey_;
     Candidates tried_;
-    bool open_[search_lanes], trying_[search_lanes];
+    alignas(64) std::uint32_t open_[search_lanes], trying_[search_lanes];
 
-    void propose(int lane, const Line& line) {
-        trying_[lane] = trying_[lane] && is_usable(line);
-        tried_.set(lane, trying_[lane] ? line : no_line);
-    }
-    void keep_better() {
+    template <class Exact>
+    void propose(Exact exact) {
+        alignas(64) float scales[search_lanes], biases[search_lanes];
         for (int l = 0; l < search_lanes; ++l) {
-            if (!trying_[l] || !(tried_.error[l] < best_.error[l])) continue;
-            best_.error[l] = tried_.error[l];
-            best_.line[l] = tried_.line(l);
-            best_.improved[l] = true;
+            const Fit found = exact(l);
+            scales[l] = found.scale;
+            biases[l] = found.bias;
         }
+        for (int l = 0; l < search_lanes; ++l) {
+            const Line line = stored_line<T>({scales[l], biases[l]});
+            trying_[l] &= usable_mask(line);  // where that is 0, `no_line`
+            const std::uint32_t mask = trying_[l], one = bits_of(1.0f) & ~mask;
+            tried_.scale[l] = float_of((bits_of(line.scale) & mask) | one);
+            tried_.bias[l] = float_of(bits_of(line.bias) & mask);
+            tried_.inverse[l] = float_of((bits_of(line.inverse) & mask) | one);
+        }
+        for (int l = 0; l < search_lanes; ++l) best_.barred[l] = trying_[l] != 0 ? 0.0 : no_error;
     }
     template <class First>
     void try_lines(First first) {
-        for (int l = 0; l < search_lanes; ++l) {
-            trying_[l] = open_[l];
-            propose(l, first(l));
-        }
+        std::memcpy(trying_, open_, sizeof open_);
+        propose(first);
         for (int round = 1; round < rounds; ++round) {
             measure<T, true>(lanes_, tried_);
-            keep_better();
-            for (int l = 0; l < search_lanes; ++l) {
-                propose(l, fitted_line<T>({survey_.h[l], survey_.x[l], tried_.q[l], tried_.qq[l],
-                                           tried_.qx[l]}));
-            }
+            best_.keep_better(tried_);
+            propose([&](int l) {
+                return fit({survey_.h[l], survey_.x[l], tried_.q[l], tried_.qq[l], tried_.qx[l]});
+            });
         }
         measure<T, false>(lanes_, tried_);
-        keep_better();
+        best_.keep_better(tried_);
     }
 };
 
@@ -108,39 +132,24 @@ inline void search_bytes(const SearchLanes& lanes, Mode mode, const int* own, co
     survey_bytes(lanes, tried);
     std::memcpy(best.error, tried.error, sizeof best.error);
     for (int number = 0; number < tried_bytes(mode); ++number) {
-        int byte[search_lanes];
+        alignas(64) std::int32_t byte[search_lanes];
+        for (int l = 0; l < search_lanes; ++l) byte[l] = tried_byte(mode, own[l], number);
         for (int l = 0; l < search_lanes; ++l) {
-            byte[l] = open[l] ? tried_byte(mode, own[l], number) : -1;
-            const float scale = byte[l] < 0 ? 1.0f : scale_of_byte(mode, byte[l]);
-            tried.set(l, {scale, 0.0f, 1.0f / scale});
+            best.barred[l] = open[l] && byte[l] >= 0 ? 0.0 : no_error;
+            tried.scale[l] = byte[l] < 0 ? 1.0f : scale_of_byte(mode, byte[l]);
         }
+        for (int l = 0; l < search_lanes; ++l) tried.inverse[l] = 1.0f / tried.scale[l];
         measure_bytes(lanes, tried);
+        best.keep_better(tried);
         for (int l = 0; l < search_lanes; ++l) {
-            if (byte[l] < 0 || !(tried.error[l] < best.error[l])) continue;
-            best.error[l] = tried.error[l];
-            best.line[l] = tried.line(l);
-            best.byte[l] = byte[l];
-            best.improved[l] = true;
+            best.byte[l] = best.better[l] != 0 ? byte[l] : best.byte[l];
         }
     }
 }
 
-// Codes of a group on the line or with the scale that was found.
-inline void codes_of_group(const float* __restrict x, const Format& format, const Line& line,
-                           std::uint8_t* __restrict out) {
-    std::uint8_t codes[longest_group];
-    if (format.mode == Mode::affine) {
-        const float top = static_cast<float>((1 << format.bits) - 1);
-        for (int i = 0; i < format.group_size; ++i) {
-            codes[i] = static_cast<std::uint8_t>(static_cast<int>(code_on(line, x[i], top)));
-        }
-    } else {
-        for (int i = 0; i < format.group_size; ++i) {
-            codes[i] = e2m1_code(nearest_e2m1_magnitude(absolute(x[i]) * line.inverse), x[i]);
-        }
-    }
-    pack(codes, format.group_size, format.bits, out);
-}
+// Codes of one group on the line that was found, or with the scale.
+void codes_on_line(const float* x, int size, const Line& line, float top, std::uint8_t* codes);
+void codes_of_scale(const float* x, int size, float inverse, std::uint8_t* codes);
 
 // Groups of a task, not more than there are lanes.
 template <class T>
@@ -157,7 +166,7 @@ class LanesOfTask {
             std::memset(lanes_.h, 0, sizeof lanes_.h);
         }
         for (int l = 0; l < search_lanes; ++l) {
-            best_.improved[l] = false;
+            best_.improved[l] = 0;
             open_[l] = l < count && fill(l, own, place + static_cast<std::size_t>(l));
             if (!open_[l]) {
                 own_.set(l, no_line);
@@ -170,7 +179,7 @@ class LanesOfTask {
         if (mode == Mode::affine) AffineSearch<T>(lanes_, own_, open_, best_);
         else search_bytes(lanes_, mode, byte_, open_, best_);
         for (int l = 0; l < count_; ++l) {
-            if (best_.improved[l]) write(l);
+            if (best_.improved[l] != 0) write(l);
         }
     }
 
@@ -213,23 +222,26 @@ class LanesOfTask {
             byte_[lane] = own.scales[place];
             return finite;
         }
-        const Line line = stored_line<T>(own.number(own.scales, task_.dtype, place),
-                                         own.number(own.biases, task_.dtype, place));
+        const Line line = stored_line<T>({own.number(own.scales, task_.dtype, place),
+                                          own.number(own.biases, task_.dtype, place)});
         own_.set(lane, line);
         return finite && is_finite(line.scale) && is_finite(line.bias);
     }
     void write(int lane) const {
         const Format& format = task_.format;
         const std::size_t group = start_ + static_cast<std::size_t>(lane);
-        const Line& line = best_.line[lane];
-        codes_of_group(rows_ + lane * format.group_size, format, line,
-                       task_.codes + group * code_bytes(format));
+        const Line line = best_.line(lane);
+        const float* const row = rows_ + lane * format.group_size;
+        std::uint8_t codes[longest_group];
         if (format.mode == Mode::affine) {
+            codes_on_line(row, format.group_size, line, lanes_.top, codes);
             store_as<Raw>(task_.scales + group * sizeof(Raw), T::narrow(line.scale));
             store_as<Raw>(task_.biases + group * sizeof(Raw), T::narrow(line.bias));
         } else {
+            codes_of_scale(row, format.group_size, line.inverse, codes);
             task_.scales[group] = static_cast<std::uint8_t>(best_.byte[lane]);
         }
+        pack(codes, format.group_size, format.bits, task_.codes + group * code_bytes(format));
     }
 };
 
