@@ -169,6 +169,8 @@ def json_of_all_commands(cli: Run, source: Path, damaged: Path) -> dict[str, Any
     found["prune"] = cli("prune", "--json").json
     tiny = str(fixture("hf-llama-bf16"))
     found["run"] = cli("run", tiny, "the cat", "--max-tokens", "2", "--json").json
+    few = ("--tokens", "64", "--window", "32", "--json")
+    found["eval"] = cli("eval", tiny, "--against", tiny, *few).json
     found["export"] = cli("export", tiny, source / "out", "--json").json
     found["kernels"] = cli("kernels", "--json").json
     found["doctor"] = cli("doctor", "--json").json
@@ -229,6 +231,8 @@ def test_with_json_an_error_is_json(cli: Run, source: Path) -> None:
         (["rm", "absent"], 1),
         (["cp", "absent", "m"], 1),
         (["verify", "absent"], 1),
+        (["eval", "absent"], 1),
+        (["eval", ".", "--window", "1"], 2),
         (["--help"], 0),
         (["--version"], 0),
         ([], 0),

@@ -101,6 +101,17 @@ def test_without_the_kernels_mlx_dequantizes(store: Store, monkeypatch: pytest.M
     assert_equal_but_for_rounding(logits_by_blocks(model), expected)
 
 
+@pytest.mark.parametrize("name", ["hf-qwen3-tied-bf16", "hf-qwen3-moe-bf16"])
+def test_products_of_numpy_and_of_mlx_agree(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever library is the faster one here."""
+    model = open_model(fixture(name))
+    found = []
+    for numpy in (True, False):
+        monkeypatch.setattr("quantmill.forward._numpy_is_faster", lambda choice=numpy: choice)
+        found.append(logits_by_blocks(model))
+    assert_equal_but_for_rounding(*found)
+
+
 @settings(max_examples=15)
 @given(st.integers(1, 3), st.integers(1, 40), st.integers(0, 1 << 30))
 def test_any_shape_of_windows(count: int, length: int, seed: int) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
 
 from quantmill.creation import create
+from quantmill.evaluation import evaluate
 from quantmill.export import export
 from quantmill.generate import Chat, Message
 from quantmill.load import open_model
@@ -56,6 +58,19 @@ def test_mlx_lm_gives_the_same_answer_for_the_same_weights(
     prompt = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True)
     theirs = mlx_lm.generate(module, tokenizer, prompt, max_tokens=12)
     assert theirs == answer(store, name)[0]
+
+
+def test_eight_bits_predict_nearly_what_the_file_does(store: Store, smollm: Path) -> None:
+    """A few tokens are enough to tell 8 bits from noise, and to see that codes are kept exactly."""
+    few: Any = {"tokens": 64, "window": 32, "store": store}
+    found = evaluate("smollm2:int8", smollm, **few)
+    assert found.divergence is not None
+    assert found.agreement is not None
+    assert 1e-5 < found.divergence.mean.value < 0.05
+    assert found.agreement.value > 0.85
+    same = evaluate("smollm2:codes", smollm, **few)
+    assert same.divergence is not None
+    assert abs(same.divergence.maximum) < 1e-5
 
 
 def test_the_stored_model_verifies(store: Store) -> None:

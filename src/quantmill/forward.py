@@ -9,6 +9,7 @@ first only note what they are called with, and later give back what they were co
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -19,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from mlx import nn
 
-from quantmill import mlxlm
+from quantmill import blas, mlxlm
 from quantmill.denseweights import DenseWeights, StoredWeight
 from quantmill.errors import BadPlan, BadRequest
 from quantmill.model import Model
@@ -68,11 +69,20 @@ class _Watch:
     """What the layers of the block at work were given, in the order of their calls."""
 
     on: bool = False
+    computing: bool = True
     seen: list[_Seen] = field(default_factory=list)
 
     def note(self, path: str, x: mx.array, indices: mx.array | None = None) -> None:
         if self.on:
             self.seen.append((path, x, indices))
+
+    def product(self, x: mx.array, weight: mx.array) -> mx.array:
+        """Rows times a transposed weight; by NumPy where MLX has the reference BLAS, far slower."""
+        if not (self.computing and _numpy_is_faster()):
+            return x @ weight.T
+        mx.eval(x, weight)
+        rows = np.asarray(x).reshape(-1, x.shape[-1])
+        return mx.array(rows @ np.asarray(weight).T).reshape(*x.shape[:-1], weight.shape[0])
 
     def take(self) -> list[_Seen]:
         found, self.seen = self.seen, []
@@ -99,7 +109,7 @@ class _Table(nn.Module):
 
     def as_linear(self, x: mx.array) -> mx.array:
         self._watch.note(self._path, x)
-        return x @ self.weight.T
+        return self._watch.product(x, self.weight)
 
 
 def _replace_class(module: nn.Module, call: Callable[..., Any]) -> None:
@@ -113,9 +123,14 @@ def _replace_class(module: nn.Module, call: Callable[..., Any]) -> None:
 
 
 def _watch_linear(module: nn.Module, path: str, watch: _Watch) -> None:
+    plain = type(module) is nn.Linear
+
     def call(own: Callable[..., mx.array], x: mx.array) -> mx.array:
         watch.note(path, x)
-        return own(x)
+        if not plain:
+            return own(x)
+        y = watch.product(x, module["weight"])
+        return y + module["bias"] if "bias" in module else y
 
     _replace_class(module, call)
 
@@ -129,7 +144,7 @@ def _watch_experts(module: nn.Module, path: str, watch: _Watch) -> None:
         weight: mx.array = module["weight"]
         parts, places = [], []
         for expert, rows, values in _by_expert(x, indices):
-            parts.append(values @ weight[expert].T)
+            parts.append(watch.product(values, weight[expert]))
             places.append(rows)
         back = mx.array(np.argsort(np.concatenate(places)))
         y = mx.concatenate(parts)[back].reshape(*indices.shape, 1, weight.shape[1])
@@ -305,9 +320,9 @@ class Forward:
             self._stations.last = stream.hidden
             found.append(np.array(self._inner(stream.tokens)))
             if observe is not None:
-                self._watch.on = True
+                self._watch.on, self._watch.computing = True, False
                 self.logits(found[-1])  # not computed: only the head's input is looked at
-                self._watch.on = False
+                self._watch.on, self._watch.computing = False, True
                 observe(self._given(self._watch.take()))
         self._streams = []
         self._stations.last = None
@@ -400,6 +415,12 @@ def _of_expert(
 @cache  # a stream of MLX has a thread, and is never closed
 def _cpu_lanes() -> list[mx.Stream]:
     return [mx.new_stream(mx.cpu) for _ in range(_LANES)]
+
+
+def _numpy_is_faster() -> bool:
+    """On Linux without a preloaded BLAS: NumPy's wheels bring a fast one that only NumPy uses."""
+    on_cpu = mx.default_device() == mx.Device(mx.cpu)
+    return on_cpu and sys.platform == "linux" and blas.preload().path is None
 
 
 def lanes() -> list[mx.Stream]:
