@@ -82,12 +82,16 @@ LAYERS = [
         "decode",
         "model",
         "load",
+        "openweights",
+        "weighterrors",
+        "differences",
         "layers",
         "mlxlm",
         "generate",
         "export",
     },
-    {"report", "planreport", "terminal", "arguments", "conversation", "sharing", "upkeep", "cli"},
+    {"report", "planreport", "diffreport", "terminal", "arguments"}
+    | {"conversation", "sharing", "upkeep", "reporting", "cli"},
 ]
 OUTSIDE_WORLD = {
     "os",

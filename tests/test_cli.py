@@ -152,6 +152,7 @@ def json_of_all_commands(cli: Run, source: Path, damaged: Path) -> dict[str, Any
     found["plan"] = cli("plan", source, "-q", "int4", "--json").json
     found["list"] = cli("list", "--json").json
     found["show"] = cli("show", "m", "--tensors", "--json").json
+    found["diff"] = cli("diff", source, "m", "--json").json
     found["cp"] = cli("cp", "m", "m2", "--json").json
     found["rm"] = cli("rm", "m2", "--json").json
     with misbehaving(serve_memory()) as registry:

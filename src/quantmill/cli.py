@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from quantmill import conversation, sharing, terminal, upkeep
+from quantmill import conversation, reporting, sharing, terminal, upkeep
 from quantmill.arguments import (
     SOURCE_HELP,
     ComponentOption,
@@ -277,6 +277,7 @@ app.command()(upkeep.verify)
 app.command("cp")(upkeep.copy)
 app.command("rm")(upkeep.remove)
 app.command()(upkeep.prune)
+app.command()(reporting.diff)
 
 
 def _version(wanted: bool) -> None:
