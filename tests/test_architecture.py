@@ -31,6 +31,7 @@ LAYERS = [
         "locking",
         "store",
         "openfile",
+        "wholefile",
         "checkpoint",
         "ggufsource",
         "ggmlblocks",
@@ -85,12 +86,14 @@ LAYERS = [
         "openweights",
         "weighterrors",
         "differences",
+        "modelreport",
         "layers",
         "mlxlm",
         "generate",
         "export",
     },
     {"report", "planreport", "diffreport", "terminal", "arguments"}
+    | {"reportdata", "reportpage", "heatmap", "markup"}
     | {"conversation", "sharing", "upkeep", "reporting", "cli"},
 ]
 OUTSIDE_WORLD = {

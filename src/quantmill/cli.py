@@ -278,6 +278,7 @@ app.command("cp")(upkeep.copy)
 app.command("rm")(upkeep.remove)
 app.command()(upkeep.prune)
 app.command()(reporting.diff)
+app.command()(reporting.report)
 
 
 def _version(wanted: bool) -> None:

@@ -338,9 +338,3 @@ def _stored_bytes(tensor: SourceTensor) -> int:
 
     elements, nbytes = GGML_QUANT_SIZES[GGMLQuantizationType[tensor.blocks]]
     return tensor.elements // int(elements) * int(nbytes)
-
-
-def is_local(recipe: Recipe) -> bool:
-    """Whether everything that a recipe names is a path that is there: nothing would be fetched."""
-    named = [place for place in (recipe.source, recipe.draft, recipe.merge_lora) if place]
-    return all(os.path.exists(place) for place in named)
