@@ -145,8 +145,9 @@ def _facts(model: ReportModel) -> dict[str, Child]:
         "Options": decided.options and element("code", " ".join(decided.options)),
         "Policy": decided.plan.policy if decided.plan else None,
         "Recorded": ", ".join(f"{key} {value}" for key, value in facts.recorded.items()),
-        "Compared with": model.reference
-        and element("span", breakable(model.reference), class_="name"),
+        "Compared with": "what it was made from"
+        if model.reference and model.reference == decided.source
+        else model.reference and element("span", breakable(model.reference), class_="name"),
         "Relative error": error_text(model.relative) if model.relative is not None else None,
         "Manifest": element("code", f"sha256:{facts.digest}"),
         "Modified": f"{facts.modified:%Y-%m-%d %H:%M} UTC",
@@ -171,7 +172,7 @@ def _shares(model: ReportModel) -> list[Markup]:
         )
         for share in shares
     ]  # fmt: skip
-    table = element("table", element("tbody", rows))
+    table = element("table", element("tbody", rows), class_="formats")
     return [
         element("div", bar, class_="shares", aria_hidden="true"),
         _scroll(table, f"Formats of {model.facts.name.display}"),
