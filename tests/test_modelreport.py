@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 
 from checkpoints import SMALL, write_checkpoint
+from quantmill.checkpoint import Checkpoint
 from quantmill.cli import run
 from quantmill.creation import create
+from quantmill.errors import BadSource
 from quantmill.facts import show
 from quantmill.heatmap import Scale, bits_share, error_scale
 from quantmill.modelreport import ReportModel, describe_models, natural, option_words, place_of
@@ -239,6 +241,40 @@ def test_the_json_is_valid_and_complete(
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads(json.dumps(report_json([described(store)]), allow_nan=False))
     assert page.read_bytes().startswith(b"<!doctype html>")
+
+
+@pytest.mark.parametrize(
+    "text", ['{"a": NaN, "b": -1e999}', '{"model": [1], "a": {"b": {"c": 1}}}']
+)
+def test_an_evaluation_may_hold_anything(
+    store: Store, source: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is no number in JSON is null on the page, too."""
+    create("m", source, store=store, quantize="int4")
+    (source.parent / "eval.json").write_text(text)
+    at = ("--eval", str(source.parent / "eval.json"), "--store", str(store.root))
+    assert run(["report", "m", "--json", *at]) == 0
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert run(["report", "m", "-o", "-", *at]) == 0
+
+
+def test_a_source_that_ends_too_early_is_told(
+    store: Store, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reference that was found by itself is no reason to fail; one that was named is."""
+    create("m", source, store=store, quantize="int4")
+
+    def fail(*_: object) -> None:
+        raise BadSource("it ends")
+
+    monkeypatch.setattr(Checkpoint, "read_into", fail)
+    assert described(store).unmeasured == "the source cannot be read as numbers: it ends"
+    with pytest.raises(BadSource):
+        described(store, against=source)
 
 
 def command(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:

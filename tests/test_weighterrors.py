@@ -12,14 +12,16 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from checkpoints import SMALL, fixture, write_checkpoint
-from quantmill import kernels
+from checkpoints import FIXTURES, SMALL, fixture, write_checkpoint
+from quantmill import kernels, provenance
 from quantmill.creation import create
 from quantmill.errors import NotFound
 from quantmill.load import open_model
-from quantmill.openweights import open_weights
+from quantmill.names import parse_name
+from quantmill.openweights import SourceWeights, open_weights
 from quantmill.store import Store
 from quantmill.weighterrors import RUN_ELEMENTS, WeightError, error_of, weight_errors
+from test_adapters import peft_pair, write_peft
 
 QUERY = "model.layers.0.self_attn.q_proj.weight"
 EXPERTS = {
@@ -190,6 +192,52 @@ def test_a_quantized_directory_is_decoded(store: Store, tmp_path: Path) -> None:
         export(model, tmp_path / "out", "mlx-lm")
     found = weight_errors("m", tmp_path / "out", store=store)
     assert (found.only_model, found.only_reference, found.relative) == ((), (), 0.0)
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in FIXTURES.iterdir()))
+def test_every_source_has_the_names_of_its_model(store: Store, name: str) -> None:
+    """Whatever producer, a source and the model made of it are compared weight by weight.
+
+    Where create decodes codes to another dtype, or recodes them, it rounds; nothing else is lost.
+    """
+    create("m", fixture(name), store=store)
+    found = weight_errors("m", fixture(name), store=store)
+    assert (found.only_model, found.only_reference) == ((), ())
+    errors = [one.error for one in found.compared]
+    assert all(error is not None for error in errors)
+    exact = not name.startswith(("ct-fp8", "ct-int", "hf-deepseek"))
+    assert found.relative == 0.0 if exact else 0.0 < (found.relative or 0) < 1e-3
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_a_draft_model_is_compared_too(store: Store, quantize: str | None) -> None:
+    """Under the names it is stored with; without formats nothing of either changes."""
+    base, draft = fixture("hf-llama-bf16"), fixture("hf-qwen3-tied-bf16")
+    create("m", base, store=store, draft=draft, draft_quantize=quantize)
+    recipe = provenance.recipes(store, store.get_manifest(parse_name("m")).digest)[0]
+    with SourceWeights(recipe, store) as source:
+        found = (
+            weight_errors("m", source, store=store)
+            if quantize
+            else weight_errors(source, "m", store=store)
+        )
+    assert (found.only_model, found.only_reference) == ((), ())
+    drafts = [one.error for one in found.compared if one.name.startswith("draft.")]
+    others = [one.error for one in found.compared if not one.name.startswith("draft.")]
+    assert drafts
+    assert all(error is not None and error.identical for error in others)
+    assert all(error is not None and error.identical for error in drafts) == (quantize is None)
+
+
+def test_an_adapter_belongs_to_the_source(store: Store, tmp_path: Path) -> None:
+    """What a recipe merges is part of what the model is compared with."""
+    base = write_checkpoint(tmp_path / "base", SMALL)
+    adapter = write_peft(tmp_path / "lora", peft_pair("model.layers.0.self_attn.q_proj", 128, 128))
+    create("m", base, store=store, merge_lora=adapter)
+    recipe = provenance.recipes(store, store.get_manifest(parse_name("m")).digest)[0]
+    with SourceWeights(recipe, store) as source:
+        assert weight_errors("m", source, store=store).relative == 0.0
+    assert weight_errors("m", base, store=store).relative != 0.0
 
 
 def test_neither_a_model_nor_a_source_is_not_found(store: Store, tmp_path: Path) -> None:

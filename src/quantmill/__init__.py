@@ -14,6 +14,7 @@ from quantmill.version import __version__
 
 if TYPE_CHECKING:
     from quantmill.creation import Created, create, plan
+    from quantmill.differences import diff
     from quantmill.errors import QuantmillError
     from quantmill.execute import Progress
     from quantmill.facts import list_models, show
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from quantmill.pushing import push
     from quantmill.store import Store
     from quantmill.verification import verify
+    from quantmill.weighterrors import weight_errors
 
 # Names are fetched when they are first used, so that `import quantmill` costs nothing.
 _HOMES = {
@@ -43,6 +45,7 @@ _HOMES = {
     "Store": "store",
     "copy": "pruning",
     "create": "creation",
+    "diff": "differences",
     "list_models": "facts",
     "open_model": "load",
     "parse_format": "formats",
@@ -59,6 +62,7 @@ _HOMES = {
     "remove": "pruning",
     "show": "facts",
     "verify": "verification",
+    "weight_errors": "weighterrors",
 }
 
 __all__ = [
@@ -74,6 +78,7 @@ __all__ = [
     "__version__",
     "copy",
     "create",
+    "diff",
     "list_models",
     "open_model",
     "parse_format",
@@ -90,6 +95,7 @@ __all__ = [
     "remove",
     "show",
     "verify",
+    "weight_errors",
 ]
 
 

@@ -113,7 +113,9 @@ def _error_cells(error: WeightError | None) -> tuple[str, str, str]:
 
 def error_text(value: float | None) -> str:
     """An error for people: three digits."""
-    return "-" if value is None else f"{value:.3g}"
+    if value is None:
+        return "-"
+    return f"{value:#.3g}" if value else "0"
 
 
 def diff_lines(found: Differences) -> list[str]:

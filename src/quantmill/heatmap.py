@@ -109,6 +109,7 @@ def _table(series: str, tensors: Sequence[ReportTensor], scale: Scale | None) ->
 
 
 def _outside(tensors: Sequence[ReportTensor], scale: Scale | None) -> Markup:
+    tensors = sorted(tensors, key=lambda t: -t.nbytes)
     head = [element("th", scope="col")]
     head += [element("th", breakable(t.place.part), scope="col") for t in tensors]
     row = element("tr", element("th", scope="row"), [_cell([t], scale) for t in tensors])

@@ -178,8 +178,15 @@ def describe_models(
             facts = show(store, name)
             model = stack.enter_context(StoredWeights(name, store))
             decided, recipe = _decided(store, model.manifest)
+            errors: WeightErrors | None = None
             reference, unmeasured = _reference(stack, store, against, decided, recipe)
-            errors = weight_errors(model, reference, progress=progress) if reference else None
+            if reference is not None:
+                try:
+                    errors = weight_errors(model, reference, progress=progress)
+                except QuantmillError as error:
+                    if against is not None:
+                        raise
+                    unmeasured = f"the source cannot be read as numbers: {error.message}"
             found.append(_described(facts, model, decided, errors, unmeasured, evaluation))
     return tuple(found)
 
@@ -305,6 +312,6 @@ def _assigned(
 ) -> list[Mapping[str, Any] | None]:
     """The evaluation of each model: one that names it, else the next that names none of them."""
     shown = {name.display for name in names}
-    named = {str(said): one for one in evaluations if (said := one.get("model")) in shown}
-    others = iter([one for one in evaluations if one.get("model") not in shown])
+    named = {str(one.get("model")): one for one in evaluations}
+    others = iter([one for one in evaluations if str(one.get("model")) not in shown])
     return [named.get(name.display) or next(others, None) for name in names]
