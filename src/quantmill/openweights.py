@@ -204,8 +204,9 @@ def _model_pieces(model: Model, name: str, dtype: str) -> Iterator[Numbers]:
             raw = model.decode(name, index, slice(first, min(count, first + step)))
             found = to_numbers(raw, dtype)
             assert found is not None
+            del raw
+            model.forget()  # pages that were read need not stay mapped
             yield found
-    model.forget()  # what was read need not stay mapped
 
 
 # -- sources ---------------------------------------------------------------------------------------

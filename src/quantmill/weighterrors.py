@@ -110,18 +110,18 @@ def weight_errors(
 
     Each may be open already, or the name of a stored model, a checkpoint directory, a GGUF file.
     Weights in the same blobs are known to be equal and not read. `progress` is
-    told of weights done, of all, and of a name. Raises what `open_weights` raises.
+    told of bytes of the model done, of all, and of a name. Raises what `open_weights` raises.
     """
     with ExitStack() as stack:
         own, other = (_opened(one, store, stack) for one in (model, reference))
         names = [name for name in sorted(own.facts) if name in other.facts]
-        total = sum(math.prod(own.facts[name].shape) for name in names)
+        total = sum(own.facts[name].nbytes for name in names)
         compared, done = [], 0
         for name in names:
             if progress:
                 progress(done, total, name)
             compared.append(compare(own, other, name))
-            done += math.prod(own.facts[name].shape)
+            done += own.facts[name].nbytes
         return WeightErrors(
             own.where, other.where, tuple(compared),
             tuple(sorted(own.facts.keys() - other.facts)),
