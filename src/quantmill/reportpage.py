@@ -63,7 +63,7 @@ def _body(models: Sequence[ReportModel], names: Sequence[str]) -> Markup:
         "summary": ("Summary", _summary(models)),
         "map": ("Layers", _maps(models)),
         "sizes": ("Size by kind", _sizes(models)),
-        "errors": ("Weight errors", _side(models, _errors)),
+        "errors": ("Weight errors", _side(models, partial(_errors, largest=_largest(models)))),
         "decisions": ("Decisions", _side(models, _decisions)),
         "evaluation": ("Evaluation", _evaluations(models) if evaluated else _not_evaluated()),
         "tensors": ("All tensors", [_tensors(model) for model in models]),
@@ -263,7 +263,13 @@ def _size_cells(kind: KindTotal | None, largest: int) -> list[Markup]:
     ]
 
 
-def _errors(model: ReportModel) -> list[Child]:
+def _largest(models: Sequence[ReportModel]) -> float:
+    """The largest relative error: bars of all models have one scale, to be compared by."""
+    errors = (t.error.relative for model in models for t in model.tensors if t.error)
+    return max((error for error in errors if error), default=1.0)
+
+
+def _errors(model: ReportModel, largest: float) -> list[Child]:
     if model.unmeasured is not None:
         return [element("p", f"Not measured: {model.unmeasured}.", class_="note")]
     known = [t for t in model.tensors if t.error is not None and t.error.relative is not None]
@@ -283,16 +289,15 @@ def _errors(model: ReportModel) -> list[Child]:
         )
     found: list[Child] = [element("p", told, class_="muted")]
     if apart:
-        found.append(_error_table(apart[:_SHOWN_ERRORS], apart))
+        found.append(_error_table(apart[:_SHOWN_ERRORS], largest))
     if len(apart) > _SHOWN_ERRORS:
-        more = _error_table(apart[_SHOWN_ERRORS:], apart)
+        more = _error_table(apart[_SHOWN_ERRORS:], largest)
         count = len(apart) - _SHOWN_ERRORS
         found.append(element("details", element("summary", f"{count} more"), more))
     return found
 
 
-def _error_table(shown: Sequence[ReportTensor], among: Sequence[ReportTensor]) -> Markup:
-    largest = max((t.error.relative or 0 for t in among if t.error), default=0) or 1
+def _error_table(shown: Sequence[ReportTensor], largest: float) -> Markup:
     head = [_head("Tensor", scope="col"), _head("Format", scope="col"),
             _head("Relative error", scope="col")]  # fmt: skip
     rows = []
