@@ -84,6 +84,7 @@ LAYERS = [
         "model",
         "load",
         "openweights",
+        "origins",
         "weighterrors",
         "differences",
         "modelreport",

@@ -16,8 +16,9 @@ from quantmill.creation import create
 from quantmill.errors import BadSource
 from quantmill.facts import show
 from quantmill.heatmap import Scale, bits_share, error_scale
-from quantmill.modelreport import ReportModel, describe_models, natural, option_words, place_of
+from quantmill.modelreport import ReportModel, describe_models, natural, place_of
 from quantmill.names import parse_name
+from quantmill.origins import option_words
 from quantmill.planner import parse_override
 from quantmill.plans import Options
 from quantmill.recipes import Recipe, Request
@@ -98,7 +99,7 @@ def test_the_source_is_found_by_itself(store: Store, source: Path) -> None:
     create("m", source, store=store, quantize="int4")
     model = described(store)
     assert (model.reference, model.unmeasured) == (str(source), None)
-    assert model.decided.options == ("--quantize int4",)
+    assert model.origin.options == ("--quantize int4",)
     found = {t.name: t for t in model.tensors}
     assert (found[QUERY].rule, found[QUERY].reason) == ("requested", "as requested")
     error = found[QUERY].error
@@ -114,7 +115,7 @@ def test_a_source_that_is_gone_is_told(store: Store, source: Path) -> None:
     create("m", source, store=store, quantize="int4")
     shutil.rmtree(source)
     model = described(store)
-    assert model.decided.problem == f"{source} is not on this machine"
+    assert model.origin.problem == f"{source} is not on this machine"
     assert model.unmeasured == f"{source} is not on this machine; --against names a reference"
     assert {(t.reason, t.error) for t in model.tensors} == {(None, None)}
 
@@ -124,7 +125,7 @@ def test_a_source_that_changed_is_told(store: Store, source: Path) -> None:
     create("m", source, store=store, quantize="int4")
     shutil.rmtree(source)
     write_checkpoint(source, SMALL | {"model.norm.weight": ("BF16", (128,))})
-    problem = described(store).decided.problem
+    problem = described(store).origin.problem
     assert problem == f"{source} is no longer what the model was made from"
 
 
@@ -132,7 +133,7 @@ def test_a_source_that_cannot_be_read_is_told(store: Store, source: Path) -> Non
     """A damaged source is no reason to fail."""
     create("m", source, store=store, quantize="int4")
     (source / "model.safetensors").write_bytes(b"x")
-    assert (described(store).decided.problem or "").startswith("the source cannot be read: ")
+    assert (described(store).origin.problem or "").startswith("the source cannot be read: ")
 
 
 def test_a_model_without_notes_is_shown(store: Store, source: Path) -> None:
@@ -140,7 +141,7 @@ def test_a_model_without_notes_is_shown(store: Store, source: Path) -> None:
     create("m", source, store=store, quantize="int4")
     shutil.rmtree(store.provenance_of(store.get_manifest(parse_name("m")).digest).parent)
     model = described(store, against=source)
-    assert model.decided.problem == "no note says what the model was made from"
+    assert model.origin.problem == "no note says what the model was made from"
     assert model.reference == str(source)
     assert model.relative is not None
 

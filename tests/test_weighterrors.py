@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from quantmill.creation import create
 from quantmill.errors import NotFound
 from quantmill.load import open_model
 from quantmill.names import parse_name
-from quantmill.openweights import SourceWeights, open_weights
+from quantmill.openweights import SourceWeights, open_weights, to_numbers
 from quantmill.store import Store
 from quantmill.weighterrors import RUN_ELEMENTS, WeightError, error_of, weight_errors
 from test_adapters import peft_pair, write_peft
@@ -238,6 +239,34 @@ def test_an_adapter_belongs_to_the_source(store: Store, tmp_path: Path) -> None:
     with SourceWeights(recipe, store) as source:
         assert weight_errors("m", source, store=store).relative == 0.0
     assert weight_errors("m", base, store=store).relative != 0.0
+
+
+def test_the_recorded_source_is_the_reference(store: Store, source: Path) -> None:
+    """Without a reference a model is compared with what it was made from, while that is there."""
+    create("m", source, store=store, quantize="int4")
+    assert weight_errors("m", store=store) == weight_errors("m", source, store=store)
+    shutil.rmtree(source)
+    with pytest.raises(NotFound, match="is not on this machine"):
+        weight_errors("m", store=store)
+
+
+def test_large_integers_that_differ_are_not_equal() -> None:
+    """Also those that a float64 does not tell apart."""
+    one, other = np.array([2**53]), np.array([2**53 + 1])
+    sides = [to_numbers(values, "I64") for values in (one, other, one)]
+    first, second, third = (iter([side]) for side in sides if side is not None)
+    found = [side for side in sides if side is not None]
+    assert not error_of(first, second).identical
+    assert error_of(third, iter(found[:1])).identical
+
+
+def test_a_draft_that_is_damaged_is_not_left_out(store: Store) -> None:
+    """A blob of it that is missing is an error, as one of the model is."""
+    create("m", fixture("hf-llama-bf16"), store=store, draft=fixture("hf-qwen3-tied-bf16"))
+    refs = store.get_manifest(parse_name("m")).tensor_refs()
+    store.remove_blob(next(r.digest for r in refs if (r.name or "").startswith("draft.")))
+    with pytest.raises(NotFound, match="missing"):
+        open_weights("m", store)
 
 
 def test_neither_a_model_nor_a_source_is_not_found(store: Store, tmp_path: Path) -> None:

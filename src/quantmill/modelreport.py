@@ -1,13 +1,11 @@
 """What the report page tells of models: sizes, formats, errors, decisions, evaluations. Plain data.
 
-Decisions are those of the plan, made again from the recipe that was noted when the model was
-created, as long as its source is there and still gives blobs of these sizes.
+Decisions are those of the plan, made again from what the model was made from (origins.py).
 """
 
 from __future__ import annotations
 
 import math
-import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -15,16 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantmill import provenance
-from quantmill.creation import opened, plan_for, stored_base_of
-from quantmill.drafts import stored_base
 from quantmill.errors import QuantmillError
 from quantmill.facts import ModelFacts, show
-from quantmill.manifest import Manifest
 from quantmill.names import ModelName
 from quantmill.openweights import OpenWeights, SourceWeights, StoredWeights, open_weights
-from quantmill.plans import CODES, CPU_PROFILE, Options, Plan
-from quantmill.recipes import Recipe
+from quantmill.origins import Origin, origin_of
+from quantmill.plans import CODES
 from quantmill.store import Store
 from quantmill.weighterrors import Compared, WeightError, WeightErrors, weight_errors
 
@@ -103,25 +97,12 @@ class KindTotal:
 
 
 @dataclass(frozen=True, slots=True)
-class Decided:
-    """What a model was made from and why its tensors are what they are.
-
-    `problem` says why the plan could not be made again; `plan` is then None.
-    """
-
-    source: str | None
-    options: tuple[str, ...]
-    plan: Plan | None
-    problem: str | None
-
-
-@dataclass(frozen=True, slots=True)
 class ReportModel:
     """One model of a report. `unmeasured` says why there are no errors, None where there are."""
 
     facts: ModelFacts
     tensors: tuple[ReportTensor, ...]
-    decided: Decided
+    origin: Origin
     reference: str | None
     unmeasured: str | None
     only_reference: tuple[str, ...]
@@ -177,9 +158,9 @@ def describe_models(
         with ExitStack() as stack:
             facts = show(store, name)
             model = stack.enter_context(StoredWeights(name, store))
-            decided, recipe = _decided(store, model.manifest)
+            origin = origin_of(store, model.manifest)
             errors: WeightErrors | None = None
-            reference, unmeasured = _reference(stack, store, against, decided, recipe)
+            reference, unmeasured = _reference(stack, store, against, origin)
             if reference is not None:
                 try:
                     errors = weight_errors(model, reference, progress=progress)
@@ -187,20 +168,20 @@ def describe_models(
                     if against is not None:
                         raise
                     unmeasured = f"the source cannot be read as numbers: {error.message}"
-            found.append(_described(facts, model, decided, errors, unmeasured, evaluation))
+            found.append(_described(facts, model, origin, errors, unmeasured, evaluation))
     return tuple(found)
 
 
 def _described(
     facts: ModelFacts,
     model: StoredWeights,
-    decided: Decided,
+    origin: Origin,
     errors: WeightErrors | None,
     unmeasured: str | None,
     evaluation: Mapping[str, Any] | None,
 ) -> ReportModel:
     compared: Mapping[str, Compared] = {one.name: one for one in errors.compared} if errors else {}
-    specs = decided.plan.tensors if decided.plan else ()
+    specs = origin.plan.tensors if origin.plan else ()
     reasons = {spec.name: (spec.rule, spec.reason) for spec in specs if spec.role == CODES}
     tensors = []
     for name, weight in sorted(model.facts.items(), key=lambda item: natural(item[0])):
@@ -213,7 +194,7 @@ def _described(
             )
         )  # fmt: skip
     return ReportModel(
-        facts, tuple(tensors), decided,
+        facts, tuple(tensors), origin,
         errors.reference if errors else None, unmeasured,
         errors.only_reference if errors else (), errors.relative if errors else None, evaluation,
     )  # fmt: skip
@@ -224,85 +205,16 @@ def natural(name: str) -> tuple[tuple[bool, int, str], ...]:
     return tuple((_is_index(p), int(p) if _is_index(p) else 0, p) for p in name.split("."))
 
 
-# -- what the model was made from ------------------------------------------------------------------
-
-
-def _decided(store: Store, manifest: Manifest) -> tuple[Decided, Recipe | None]:
-    recipes = provenance.recipes(store, manifest.digest)
-    if not recipes:
-        why = "no note says what the model was made from"
-        return Decided(None, (), None, why), None
-    problems = []
-    for recipe in recipes:
-        plan, problem = _plan_again(store, manifest, recipe)
-        if plan is not None:
-            return Decided(str(recipe.source), option_words(recipe), plan, None), recipe
-        problems.append(problem)
-    latest = recipes[0]
-    return Decided(str(latest.source), option_words(latest), None, problems[0]), None
-
-
-def _plan_again(store: Store, manifest: Manifest, recipe: Recipe) -> tuple[Plan | None, str | None]:
-    """The plan, or why there is none. Nothing is fetched from the hub for it."""
-    missing = _missing(store, recipe)
-    if missing:
-        return None, f"{missing} is not on this machine"
-    try:
-        with opened(recipe, stored_base_of(store, recipe)) as checkpoint:
-            plan = plan_for(checkpoint.source, recipe.request, recipe.options)
-    except QuantmillError as error:
-        return None, f"the source cannot be read: {error.message}"
-    sizes = {ref.name: ref.size for ref in manifest.tensor_refs()}
-    if any(sizes.get(blob.name) != blob.size for blob in plan.blobs):
-        return None, f"{recipe.source} is no longer what the model was made from"
-    return plan, None
-
-
-def _missing(store: Store, recipe: Recipe) -> str | None:
-    """The first place that a recipe names and that is not there."""
-    for place in (recipe.source, recipe.draft, recipe.merge_lora):
-        if place is None or os.path.exists(place):
-            continue
-        if place == recipe.source and recipe.draft and stored_base(store, place):
-            continue
-        return str(place)
-    return None
-
-
-def option_words(recipe: Recipe) -> tuple[str, ...]:
-    """The options of `create` that a recipe stands for, as they would be typed."""
-    request, options = recipe.request, recipe.options
-    given = {
-        "--quantize": request.quantize,
-        "--requantize": request.requantize,
-        "--group-size": request.group_size,
-        "--draft": recipe.draft,
-        "--draft-quantize": request.draft_quantize,
-        "--merge-lora": recipe.merge_lora,
-        "--profile": options.profile if options.profile != CPU_PROFILE else None,
-        "--e8m0": options.rounding if options.rounding != Options().rounding else None,
-    }
-    words = [f"{option} {value}" for option, value in given.items() if value is not None]
-    words += [f"--tensor {o.pattern}={o.format.label if o.format else 'keep'}"
-              for o in options.overrides]  # fmt: skip
-    words += ["--global-scale"] if options.global_scale else []
-    return (*words, *(["--allow-non-finite"] if options.allow_non_finite else []))
-
-
 def _reference(
-    stack: ExitStack,
-    store: Store,
-    against: str | Path | None,
-    decided: Decided,
-    recipe: Recipe | None,
+    stack: ExitStack, store: Store, against: str | Path | None, origin: Origin
 ) -> tuple[OpenWeights | None, str | None]:
     """What errors are measured against, or why there is nothing."""
     if against is not None:
         return stack.enter_context(open_weights(against, store)), None
-    if recipe is None:
-        return None, f"{decided.problem}; --against names a reference"
+    if origin.recipe is None:
+        return None, f"{origin.problem}; --against names a reference"
     try:
-        return stack.enter_context(SourceWeights(recipe, store)), None
+        return stack.enter_context(SourceWeights(origin.recipe, store)), None
     except QuantmillError as error:
         return None, f"the source cannot be read as numbers: {error.message}"
 

@@ -86,10 +86,9 @@ def open_weights(what: str | Path | ModelName, store: Store | None = None) -> Op
     Raises NotFound where there is neither, and what `open_model` and `create` raise.
     """
     store = store or Store()
-    if not isinstance(what, Path):
-        with suppress(BadName, NotFound):
-            store.get_manifest(as_name(what))
-            return StoredWeights(as_name(what), store)
+    name = None if isinstance(what, Path) else _stored_name(what, store)
+    if name is not None:
+        return StoredWeights(name, store)
     recipe = Recipe(what if isinstance(what, Path) else str(what))
     try:
         return SourceWeights(recipe, store)
@@ -100,6 +99,15 @@ def open_weights(what: str | Path | ModelName, store: Store | None = None) -> Op
             f"{what} is neither a stored model nor a checkpoint",
             hint="`quantmill list` shows what is in the store; a source is a directory or file",
         ) from None
+
+
+def _stored_name(what: str | ModelName, store: Store) -> ModelName | None:
+    try:
+        name = as_name(what)
+        store.get_manifest(name)
+    except (BadName, NotFound):
+        return None
+    return name
 
 
 def to_numbers(raw: Numbers, dtype: str) -> Numbers | None:
@@ -114,6 +122,8 @@ def to_numbers(raw: Numbers, dtype: str) -> Numbers | None:
         return E4M3[raw.reshape(-1).view(np.uint8)]
     if dtype == "C64":  # real and imaginary parts in turn
         return np.ascontiguousarray(raw).reshape(-1).view(np.float32)
+    if dtype in {"I64", "U64"}:  # as halves: F64 does not hold them, and equal ones must be equal
+        return np.ascontiguousarray(raw).reshape(-1).view(np.uint32).astype(np.float64)
     if dtype.startswith("F8"):
         return None
     return raw.reshape(-1).astype(np.float64)
@@ -131,9 +141,12 @@ class StoredWeights:
         self.manifest = manifest
         with ExitStack() as stack:
             self._models = [("", stack.enter_context(open_model(name, store=store)))]
-            with suppress(NotFound):
+            try:
                 draft = open_model(name, component=DRAFT, store=store)
                 self._models.append((DRAFT_TENSOR_PREFIX, stack.enter_context(draft)))
+            except NotFound as error:
+                if error.kind != "no_component":
+                    raise
             self._stack = stack.pop_all()
         self.facts = {
             prefix + one: _model_facts(model, one)

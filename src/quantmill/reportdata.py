@@ -25,7 +25,7 @@ def report_json(models: Sequence[ReportModel]) -> dict[str, Any]:
 
 
 def _model_json(model: ReportModel) -> dict[str, Any]:
-    facts, decided = model.facts, model.decided
+    facts, origin = model.facts, model.origin
     return {
         "name": facts.name.display,
         "digest": f"sha256:{facts.digest}",
@@ -36,10 +36,10 @@ def _model_json(model: ReportModel) -> dict[str, Any]:
         "bits_per_weight": round(facts.bits_per_weight, 4),
         "info": dict(facts.info),
         "recorded": dict(facts.recorded),
-        "source": decided.source,
-        "options": list(decided.options),
-        "policy": decided.plan.policy if decided.plan else None,
-        "undecided": decided.problem,
+        "source": origin.source,
+        "options": list(origin.options),
+        "policy": origin.plan.policy if origin.plan else None,
+        "undecided": origin.problem,
         "reference": model.reference,
         "unmeasured": model.unmeasured,
         "relative_error": model.relative,

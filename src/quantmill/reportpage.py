@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from quantmill.diffreport import error_text
 from quantmill.heatmap import Scale, bits_share, error_scale, heat_maps, legends
-from quantmill.markup import NOTHING, Child, Markup, breakable, element, embedded_json
+from quantmill.markup import NOTHING, Child, Markup, breakable, element, embedded_json, joined
 from quantmill.report import bytes_text, plural, shape_text
 from quantmill.reportdata import histogram_of, numbers_of, report_json
 
@@ -43,7 +43,7 @@ def report_page(models: Sequence[ReportModel]) -> bytes:
     )
     page = Template(_file("html")).substitute(
         policy=policy,
-        title=element("x", f"{', '.join(names)} - quantmill report")[3:-4],
+        title=joined(f"{', '.join(names)} - quantmill report"),
         style=_file("css"),
         body=_body(models, names),
         data=embedded_json(report_json(models)),
@@ -130,7 +130,7 @@ def _summary(models: Sequence[ReportModel]) -> list[Markup]:
 
 
 def _facts(model: ReportModel) -> dict[str, Child]:
-    facts, decided = model.facts, model.decided
+    facts, origin = model.facts, model.origin
     half = 2 * sum(t.weights for t in model.tensors)
     stored = sum(t.nbytes for t in model.tensors)
     smaller = f", {half / stored:.2f} times smaller than 16 bits" if 0 < stored < half else ""
@@ -141,12 +141,12 @@ def _facts(model: ReportModel) -> dict[str, Child]:
         "Format": facts.format or "source precision",
         "Architecture": str(facts.info.get("general.architecture") or facts.info.get("architecture")
                             or ""),
-        "Made from": decided.source and element("span", breakable(decided.source), class_="name"),
-        "Options": decided.options and element("code", " ".join(decided.options)),
-        "Policy": decided.plan.policy if decided.plan else None,
+        "Made from": origin.source and element("span", breakable(origin.source), class_="name"),
+        "Options": origin.options and element("code", " ".join(origin.options)),
+        "Policy": origin.plan.policy if origin.plan else None,
         "Recorded": ", ".join(f"{key} {value}" for key, value in facts.recorded.items()),
         "Compared with": "what it was made from"
-        if model.reference and model.reference == decided.source
+        if model.reference and model.reference == origin.source
         else model.reference and element("span", breakable(model.reference), class_="name"),
         "Relative error": error_text(model.relative) if model.relative is not None else None,
         "Manifest": element("code", f"sha256:{facts.digest}"),
@@ -315,9 +315,9 @@ def _error_table(shown: Sequence[ReportTensor], largest: float) -> Markup:
 
 
 def _decisions(model: ReportModel) -> list[Child]:
-    decided = model.decided
-    if decided.plan is None:
-        why = f"Why each tensor has its format cannot be told: {decided.problem}."
+    origin = model.origin
+    if origin.plan is None:
+        why = f"Why each tensor has its format cannot be told: {origin.problem}."
         return [element("p", why, class_="note")]
     groups: dict[tuple[str, str], list[ReportTensor]] = defaultdict(list)
     for tensor in model.tensors:
@@ -338,7 +338,7 @@ def _decisions(model: ReportModel) -> list[Child]:
     head = [_head(t, scope="col", class_="number" if t in {"Tensors", "Bytes"} else None)
             for t in titles]  # fmt: skip
     table = element("table", element("thead", _row(head)), element("tbody", rows), class_="reasons")
-    told = f"Policy {decided.plan.policy}; the plan was made again from what the model was made of."
+    told = f"Policy {origin.plan.policy}; the plan was made again from what the model was made of."
     return [element("p", told, class_="muted"), _scroll(table, "Decisions")]
 
 

@@ -17,8 +17,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from quantmill.errors import NotFound
 from quantmill.names import ModelName
-from quantmill.openweights import OpenWeights, open_weights
+from quantmill.openweights import OpenWeights, SourceWeights, StoredWeights, open_weights
+from quantmill.origins import origin_of
 from quantmill.store import Store
 
 RUN_ELEMENTS = 1 << 16
@@ -101,7 +103,7 @@ class WeightErrors:
 
 def weight_errors(
     model: OpenWeights | str | Path | ModelName,
-    reference: OpenWeights | str | Path | ModelName,
+    reference: OpenWeights | str | Path | ModelName | None = None,
     *,
     store: Store | None = None,
     progress: Callable[[int, int, str], None] | None = None,
@@ -109,11 +111,14 @@ def weight_errors(
     """The error of every weight of a model against a reference.
 
     Each may be open already, or the name of a stored model, a checkpoint directory, a GGUF file.
+    Without a reference a stored model is compared with what it was made from, as noted of it.
     Weights in the same blobs are known to be equal and not read. `progress` is
-    told of bytes of the model done, of all, and of a name. Raises what `open_weights` raises.
+    told of bytes of the model done, of all, and of a name. Raises what `open_weights` raises,
+    and NotFound where no reference is given and none is known or there any more.
     """
     with ExitStack() as stack:
-        own, other = (_opened(one, store, stack) for one in (model, reference))
+        own = _opened(model, store, stack)
+        other = _opened(reference if reference is not None else _source(own, store), store, stack)
         names = [name for name in sorted(own.facts) if name in other.facts]
         total = sum(own.facts[name].nbytes for name in names)
         compared, done = [], 0
@@ -135,6 +140,16 @@ def _opened(
     if isinstance(one, (str, Path, ModelName)):
         return stack.enter_context(open_weights(one, store))
     return one
+
+
+def _source(model: OpenWeights, store: Store | None) -> OpenWeights:
+    """What a stored model was made from."""
+    if not isinstance(model, StoredWeights):
+        raise NotFound(f"{model.where} is no stored model", hint="name a reference")
+    origin = origin_of(store or Store(), model.manifest)
+    if origin.recipe is None:
+        raise NotFound(f"{model.where}: {origin.problem}", hint="name a reference")
+    return SourceWeights(origin.recipe, store or Store())
 
 
 def compare(model: OpenWeights, reference: OpenWeights, name: str) -> Compared:
@@ -191,8 +206,11 @@ def _sum(values: npt.NDArray[np.float64]) -> float:
 
 
 def _total(values: list[float]) -> float:
-    """The exact sum, rounded once; NaN where one is not finite."""
-    return math.fsum(values) if all(map(math.isfinite, values)) else math.nan
+    """The exact sum, rounded once; NaN where it, or one of the values, is not finite."""
+    try:
+        return math.fsum(values) if all(map(math.isfinite, values)) else math.nan
+    except OverflowError:
+        return math.nan
 
 
 def _quotient(value: float, by: float) -> float | None:
