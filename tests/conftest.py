@@ -23,7 +23,7 @@ SLOW = (
     "test_quantize", "test_golden", "test_creation", "test_cli", "test_minilm", "test_docs",
     "test_gguf", "test_running", "test_smollm2", "test_components", "test_drafts", "test_hub",
     "test_prequantized", "test_quantized_models", "test_registry", "test_transfer", "test_uploads",
-    "test_repairing", "test_walks", "test_fuzz", "test_forward",
+    "test_repairing", "test_walks", "test_fuzz", "test_forward", "test_browser",
     "test_hostile_registry", "test_faults", "test_company", "test_flat_memory",
 )  # fmt: skip
 

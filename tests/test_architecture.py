@@ -31,6 +31,7 @@ LAYERS = [
         "locking",
         "store",
         "openfile",
+        "wholefile",
         "checkpoint",
         "ggufsource",
         "ggmlblocks",
@@ -86,6 +87,11 @@ LAYERS = [
         "decode",
         "model",
         "load",
+        "openweights",
+        "origins",
+        "weighterrors",
+        "differences",
+        "modelreport",
         "layers",
         "mlxlm",
         "generate",
@@ -98,8 +104,9 @@ LAYERS = [
         "divergence",
         "evaluation",
     },
-    {"report", "planreport", "terminal", "arguments", "conversation", "sharing", "upkeep", "cli"}
-    | {"evaluating", "evaluationreport"},
+    {"report", "planreport", "evaluationreport", "diffreport", "terminal", "arguments"}
+    | {"reportdata", "reportpage", "heatmap", "markup"}
+    | {"conversation", "evaluating", "sharing", "upkeep", "reporting", "cli"},
 ]
 OUTSIDE_WORLD = {
     "os",

@@ -130,7 +130,7 @@ DOCUMENTED = {
     name: json.loads(block)
     for name, block in re.findall(r"<!-- json: (\w+) -->\n```json\n(.*?)```", CLI_PAGE, re.DOTALL)
 }
-FREE_FORM = {"info", "recorded", "non_finite", "plan"}
+FREE_FORM = {"info", "recorded", "non_finite", "plan", "evaluation"}
 """Objects whose keys depend on the model; the page says where their keys come from."""
 
 
@@ -152,6 +152,8 @@ def json_of_all_commands(cli: Run, source: Path, damaged: Path) -> dict[str, Any
     found["plan"] = cli("plan", source, "-q", "int4", "--json").json
     found["list"] = cli("list", "--json").json
     found["show"] = cli("show", "m", "--tensors", "--json").json
+    found["report"] = cli("report", "m", "--json").json
+    found["diff"] = cli("diff", source, "m", "--json").json
     found["cp"] = cli("cp", "m", "m2", "--json").json
     found["rm"] = cli("rm", "m2", "--json").json
     with misbehaving(serve_memory()) as registry:

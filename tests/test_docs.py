@@ -58,7 +58,7 @@ def test_the_readme_commands_print_what_it_shows(folder: Path) -> None:
             printed = run_in(folder, command)
             assert re.fullmatch(pattern(expected), printed), f"{command}\n{printed}"
             commands += 1
-    assert commands == 7
+    assert commands == 9
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/loading.md"])

@@ -58,6 +58,8 @@ def test_a_wheel_from_the_source_archive_works_by_itself(tmp_path: Path) -> None
     command = (python, "-m", "quantmill", "create", "m", source, "-q", "int4", "--json",
                "--store", tmp_path / "there")  # fmt: skip
     assert json.loads(succeed(*command, cwd=elsewhere))["digest"] == str(made.digest)
+    report = (python, "-m", "quantmill", "report", "m", "-o", "-", "--store", tmp_path / "there")
+    assert succeed(*report, cwd=elsewhere).startswith("<!doctype html>")
 
 
 def check_archive(archive: Path) -> None:
@@ -80,3 +82,5 @@ def check_wheel(wheel: Path) -> None:
     assert ("-cp312-abi3-" if stable else f"-cp{version}-cp{version}-") in wheel.name
     assert (".abi3." if stable else f".cpython-{version}-") in extension
     assert {"quantmill/_native.pyi", "quantmill/py.typed"} <= set(names)
+    page = {f"quantmill/reportpage.{suffix}" for suffix in ("html", "css", "js")}
+    assert page <= set(names)

@@ -14,6 +14,7 @@ from quantmill.version import __version__
 
 if TYPE_CHECKING:
     from quantmill.creation import Created, create, plan
+    from quantmill.differences import diff
     from quantmill.errors import QuantmillError
     from quantmill.evaluation import evaluate
     from quantmill.execute import Progress
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from quantmill.pushing import push
     from quantmill.store import Store
     from quantmill.verification import verify
+    from quantmill.weighterrors import weight_errors
 
 # Names are fetched when they are first used, so that `import quantmill` costs nothing.
 _HOMES = {
@@ -44,6 +46,7 @@ _HOMES = {
     "Store": "store",
     "copy": "pruning",
     "create": "creation",
+    "diff": "differences",
     "evaluate": "evaluation",
     "list_models": "facts",
     "open_model": "load",
@@ -61,6 +64,7 @@ _HOMES = {
     "remove": "pruning",
     "show": "facts",
     "verify": "verification",
+    "weight_errors": "weighterrors",
 }
 
 __all__ = [
@@ -76,6 +80,7 @@ __all__ = [
     "__version__",
     "copy",
     "create",
+    "diff",
     "evaluate",
     "list_models",
     "open_model",
@@ -93,6 +98,7 @@ __all__ = [
     "remove",
     "show",
     "verify",
+    "weight_errors",
 ]
 
 

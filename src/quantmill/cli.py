@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from quantmill import conversation, evaluating, sharing, terminal, upkeep
+from quantmill import conversation, evaluating, reporting, sharing, terminal, upkeep
 from quantmill.arguments import (
     SOURCE_HELP,
     ComponentOption,
@@ -284,6 +284,8 @@ app.command()(upkeep.verify)
 app.command("cp")(upkeep.copy)
 app.command("rm")(upkeep.remove)
 app.command()(upkeep.prune)
+app.command()(reporting.diff)
+app.command()(reporting.report)
 
 
 def _version(wanted: bool) -> None:

@@ -32,8 +32,8 @@ class Packed:
     reciprocal: bool
     dtypes: Sequence[str]
 
-    def at(self, index: int) -> Packed:
-        """One element of the first axis. Raises IndexError."""
+    def at(self, index: int | slice) -> Packed:
+        """One element, or some, of the first axis. Raises IndexError."""
         scale = self.global_scale
         if scale is not None and scale.size > 1:
             scale = scale[index]

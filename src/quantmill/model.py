@@ -69,10 +69,11 @@ class Parts:
     global_scale: mx.array | None = None
     params: Params | None = None
 
-    def at(self, index: int) -> Parts:
-        """One element of the first axis: an expert of a stack, a row of a matrix."""
-        if not -self.weight.shape[0] <= index < self.weight.shape[0]:  # MLX reads beyond the end
-            raise IndexError(f"index {index} of {self.weight.shape[0]}")
+    def at(self, index: int | slice) -> Parts:
+        """One element of the first axis, an expert of a stack, a row of a matrix; or some."""
+        count = self.weight.shape[0]
+        if isinstance(index, int) and not -count <= index < count:  # MLX reads beyond the end
+            raise IndexError(f"index {index} of {count}")
 
         def one(array: mx.array | None) -> mx.array | None:
             return None if array is None else array[index]
@@ -156,6 +157,11 @@ class Model:
         self._weight(name)
         return self._params[name]
 
+    def located(self, name: str) -> tuple[Located, ...]:
+        """Where a weight and its companions lie, the codes first. Raises NotFound."""
+        weight = self._weight(name)
+        return tuple(self._tensors[raw] for raw in (weight.codes, *weight.companions))
+
     @property
     def format(self) -> Format | None:
         """The format that most quantized weights have (by stored bytes), None if there are none."""
@@ -234,24 +240,35 @@ class Model:
         array = mx.array(found.array)
         return array.view(mx.bfloat16) if found.dtype == "BF16" else array
 
-    def decode(self, name: str, index: int | None = None) -> npt.NDArray[Any]:
+    def decode(
+        self, name: str, index: int | None = None, rows: slice | None = None
+    ) -> npt.NDArray[Any]:
         """What `dequantize` gives, as a NumPy array; BF16 as the integers of its bits.
 
-        Many times faster where the native kernels work, since nothing passes through MLX.
+        `rows` gives some elements of the first axis that is left, such as rows of a matrix. Many
+        times faster where the native kernels work, since nothing passes through MLX.
         """
         if self.params(name) is None:
             view = self.view(name)
-            return view if index is None else view[index]
-        found = self._decoded(name, index)
+            view = view if index is None else view[index]
+            return view if rows is None else view[rows]
+        found = self._decoded(name, index, rows)
         if found is not None:
             return found.array
         import mlx.core as mx
         import numpy as np
 
-        array = self.dequantize_lazily(name, index)
+        array = self.dequantize_lazily(name, index, rows)
         return np.asarray(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array)
 
-    def _decoded(self, name: str, index: int | None) -> Decoded | None:
+    def decoded_dtype(self, name: str) -> str:
+        """Dtype tag of what `decode` gives; the stored one for tensors that are not quantized."""
+        params = self.params(name)
+        if params is None:
+            return self.dtype(name)
+        return self.scale_dtype(name) if params.format.has_bias else "BF16"
+
+    def _decoded(self, name: str, index: int | None, rows: slice | None = None) -> Decoded | None:
         """A quantized weight by the native kernels, straight from the mapped files."""
         from quantmill.decode import Packed, decode
 
@@ -266,7 +283,9 @@ class Model:
             weight.reciprocal,
             [self._tensors[raw].dtype for raw in (weight.scale, weight.bias) if raw],
         )
-        return decode(packed if index is None else packed.at(index), params.format)
+        for choice in (index, rows):
+            packed = packed if choice is None else packed.at(choice)
+        return decode(packed, params.format)
 
     def _factor(self, weight: Weight) -> npt.NDArray[Any] | None:
         """The global scale, as a factor or its reciprocal."""
@@ -275,7 +294,9 @@ class Model:
         found = self._view(weight.global_scale)
         return found / found.dtype.type(MAX_SCALE) if weight.is_mlx_global else found
 
-    def dequantize_lazily(self, name: str, index: int | None = None) -> mx.array:
+    def dequantize_lazily(
+        self, name: str, index: int | None = None, rows: slice | None = None
+    ) -> mx.array:
         """What `dequantize` gives, not computed yet: nothing is read before it is used.
 
         MLX does the work, also for parameters that the kernels have no code for. The weight must be
@@ -284,8 +305,8 @@ class Model:
         import mlx.core as mx
 
         parts = self.parts(name)
-        if index is not None:
-            parts = parts.at(index)
+        for choice in (index, rows):
+            parts = parts if choice is None else parts.at(choice)
         assert parts.params is not None
         assert parts.scales is not None
         fmt, row = parts.params.format, parts.weight.ndim == 1
@@ -334,11 +355,15 @@ class Model:
         if self._arrays is not None:
             self._arrays = {}
         self._open.clear()
+        self._unmap()
 
     def release(self) -> None:
         """Let go of arrays and mappings; names and parameters stay, arrays can no longer be had."""
         self._arrays = None
         self._open.clear()
+        self._unmap()
+
+    def _unmap(self) -> None:
         while self._maps:
             _, mapped = self._maps.popitem()
             with suppress(BufferError):  # a view is still in use: the mapping goes with it
