@@ -85,6 +85,7 @@ def option_words(recipe: Recipe) -> tuple[str, ...]:
         "--draft-quantize": request.draft_quantize,
         "--merge-lora": recipe.merge_lora,
         "--profile": options.profile if options.profile != CPU_PROFILE else None,
+        "--method": options.method if options.method != Options().method else None,
         "--e8m0": options.rounding if options.rounding != Options().rounding else None,
     }
     words = [f"{option} {value}" for option, value in given.items() if value is not None]
