@@ -119,7 +119,11 @@ def test_the_command_takes_a_method(
     """`--method search`, recorded in the model; beside another rounding it is refused."""
     store = ["--store", str(tmp_path / "s")]
     command = ["create", "m", str(source), "-q", "int4", "--method", "search", *store]
+    assert run(["plan", str(source), "-q", "int4", "--method", "search"]) == 0
+    told = "method search for 7 of 7 quantized tensors, columns weighed in 7"
+    assert told in capsys.readouterr().out
     assert run(command) == 0
+    assert told in capsys.readouterr().out
     assert run(["show", "m", "--json", *store]) == 0
     assert '"method": "search"' in capsys.readouterr().out
     assert run([*command, "--e8m0", "nearest"]) == 2

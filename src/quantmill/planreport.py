@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from quantmill.plans import CODES, RECODE, ZERO
+from quantmill.plans import CODES, RECODE, RTN, ZERO
 from quantmill.report import Row, bytes_text, format_json, plural, shape_text
 
 if TYPE_CHECKING:
@@ -92,10 +92,22 @@ def plan_summary(plan: Plan, free_bytes: int | None = None) -> list[str]:
         f"disk space needed: {bytes_text(plan.needed_bytes)}"
         + (f", free: {bytes_text(free_bytes)}" if free_bytes is not None else ""),
     ]
+    lines += [f"method {_method(plan)}"] if plan.options.method != RTN else []
     lines += scheme_lines(plan)
     lines += _dropped_lines(plan)
     lines += [f"left out: file {f.name} ({f.reason})" for f in plan.files if not f.media_type]
     return lines
+
+
+def _method(plan: Plan) -> str:
+    """What the method is, and how many tensors it is used for and weighs."""
+    quantized = [spec for spec in plan.tensors if spec.format]
+    used = [spec for spec in quantized if spec.method != RTN]
+    weighed = sum(bool(spec.weightings) for spec in used)
+    return (
+        f"{plan.options.method} for {len(used)} of {plural(len(quantized), 'quantized tensor')}, "
+        f"columns weighed in {weighed}"
+    )
 
 
 def scheme_lines(plan: Plan) -> list[str]:
@@ -170,13 +182,15 @@ def created_lines(created: Created, seconds: float) -> list[str]:
     rate = f", {bytes_text(plan.source_bytes / seconds)}/s" if seconds > 0.5 else ""
     if created.base:
         fmt = f"{created.base.display} with a draft model in {fmt}"
+    rounded = plan.options.method == RTN
+    how = f"rounding {plan.options.profile}" if rounded else f"method {_method(plan)}"
     resumed = f", {created.resumed} from an earlier run" if created.resumed else ""
     return [
         f"created {created.name.display} ({fmt}): {plural(len(plan.tensors), 'tensor')}, "
         f"{bytes_text(plan.source_bytes)} -> {bytes_text(plan.blob_bytes)}, "
         f"{plan.bits_per_weight:.2f} bits per weight, {seconds:.1f} s{rate}",
         f"{plural(created.entries, 'entry').replace('entrys', 'entries')}, "
-        f"{created.new_blobs} new tensor blobs{resumed}, rounding {plan.options.profile}, "
+        f"{created.new_blobs} new tensor blobs{resumed}, {how}, "
         f"manifest {created.digest.short}",
     ]
 
