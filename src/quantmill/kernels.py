@@ -107,11 +107,7 @@ def quantize(raw: memoryview, dtype: str, fmt: Format, encode: float = 1.0) -> Q
         return None
     from quantmill import _native
 
-    groups = raw.nbytes // DTYPE_BYTES[dtype] // fmt.group_size
-    scale_bytes = groups * DTYPE_BYTES[fmt.scale_dtype(dtype)]
-    codes = memoryview(bytearray(groups * fmt.group_size * fmt.bits // 8))
-    scales = memoryview(bytearray(scale_bytes))
-    biases = memoryview(bytearray(scale_bytes)) if fmt.has_bias else None
+    codes, scales, biases = _room(raw, dtype, dtype, fmt)
     non_finite, overflows = _native.quantize(
         raw, dtype, fmt.mode, fmt.bits, fmt.group_size, encode,
         codes, scales, _NOTHING if biases is None else biases, with_,
@@ -135,11 +131,7 @@ def search(
         return None
     from quantmill import _native
 
-    groups = raw.nbytes // DTYPE_BYTES[dtype] // fmt.group_size
-    scale_bytes = groups * DTYPE_BYTES[fmt.scale_dtype(stored)]
-    codes = memoryview(bytearray(groups * fmt.group_size * fmt.bits // 8))
-    scales = memoryview(bytearray(scale_bytes))
-    biases = memoryview(bytearray(scale_bytes)) if fmt.has_bias else None
+    codes, scales, biases = _room(raw, dtype, stored, fmt)
     non_finite, overflows = _native.search(
         raw, dtype, stored, fmt.mode, fmt.bits, fmt.group_size, importance, first,
         codes, scales, _NOTHING if biases is None else biases, with_,
@@ -147,6 +139,17 @@ def search(
     if overflows:
         raise too_large()
     return Quantized(codes, scales, biases, non_finite)
+
+
+def _room(
+    raw: memoryview, dtype: str, stored: str, fmt: Format
+) -> tuple[memoryview, memoryview, memoryview | None]:
+    """Room for codes, scales and biases, the latter of dtype `stored`, of the groups in `raw`."""
+    groups = raw.nbytes // DTYPE_BYTES[dtype] // fmt.group_size
+    scale_bytes = groups * DTYPE_BYTES[fmt.scale_dtype(stored)]
+    codes = memoryview(bytearray(groups * fmt.group_size * fmt.bits // 8))
+    biases = memoryview(bytearray(scale_bytes)) if fmt.has_bias else None
+    return codes, memoryview(bytearray(scale_bytes)), biases
 
 
 def dequantize(

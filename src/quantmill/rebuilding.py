@@ -6,7 +6,7 @@ Where none was, as for models of other programs, it is guessed from what the mod
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -67,11 +67,9 @@ class FromSource:
     def provide(self, store: Store, manifest: Manifest, wanted: Sequence[BlobRef]) -> None:
         """Commit those of the wanted blobs that the source gives."""
         for recipe in provenance.recipes(store, manifest.digest):
-            if recipe.draft or recipe.merge_lora:
-                # of several inputs one is named here: the others may be gone
-                with suppress(QuantmillError):
-                    _follow(store, replace(recipe, source=self._source), wanted)
-            else:
+            # of several inputs one is named here: the others may be gone
+            others = recipe.draft or recipe.merge_lora
+            with suppress(QuantmillError) if others else nullcontext():
                 _follow(store, replace(recipe, source=self._source), wanted)
         left = _lacking(store, wanted)
         for word, options in _recorded(store, manifest) if left else ():
