@@ -86,13 +86,15 @@ def _e4m3() -> Floats:
     return np.where(codes < 128, values, -values).astype(np.float32)
 
 
-_E2M1_HALF = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+E2M1 = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], np.float32)
+"""The number that each E2M1 code without a sign stands for."""
+
 E4M3: Floats = _e4m3()
 """The number that each E4M3 byte stands for."""
 
 _TABLES: Mapping[str, Floats] = {
     "uint": np.arange(256, dtype=np.float32),
-    "e2m1": np.array([*_E2M1_HALF, *(-v for v in _E2M1_HALF)], np.float32),
+    "e2m1": np.concatenate([E2M1, -E2M1]),
     "e4m3": E4M3,
 }
 

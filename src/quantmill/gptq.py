@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from quantmill.elements import to_float32
+from quantmill.elements import E2M1, E4M3, to_float32
 from quantmill.errors import BadRequest
 from quantmill.formats import Format
 from quantmill.weights import Quantized
@@ -31,8 +31,6 @@ _BLOCK = 128
 
 Choose = Callable[[Floats, Format, Floats, str], tuple[Bytes, Bytes | None]]
 """Scales and biases, as they are stored, of one group of columns [rows, group] with its weights."""
-
-_E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,26 +130,20 @@ class _Rounding:
                 code = np.clip(np.rint(steps), 0, (1 << self._fmt.bits) - 1).astype(np.uint8)
                 return code, code * self._scale + self._bias
             ratio = np.where(self._scale > 0, values / self._scale, 0).astype(np.float32)
-        code, grid = _nearest_e4m3(ratio) if self._fmt.bits == 8 else _nearest_e2m1(ratio)
+        # without signs, and E4M3 without its NaN
+        code, grid = _nearest(ratio, E4M3[:127] if self._fmt.bits == 8 else E2M1)
         return code, grid * self._scale
 
 
 def _decoded_scales(mode: str, scales: Bytes) -> Floats:
     if mode == "nvfp4":
-        return _e4m3_values()[scales]
+        return E4M3[scales]
     return np.ldexp(np.float32(1), scales.astype(np.int32) - 127).astype(np.float32)
 
 
-def _nearest_e2m1(values: Floats) -> tuple[Bytes, Floats]:
-    """Codes and values of the nearest numbers of E2M1, ties to the even code."""
-    return _nearest(values, _E2M1, 8)
-
-
-def _nearest_e4m3(values: Floats) -> tuple[Bytes, Floats]:
-    return _nearest(values, _e4m3_values()[:127], 128)
-
-
-def _nearest(values: Floats, grid: Floats, sign: int) -> tuple[Bytes, Floats]:
+def _nearest(values: Floats, grid: Floats) -> tuple[Bytes, Floats]:
+    """Codes and values of the nearest numbers of a grid, its sign in the next bit, ties to even."""
+    sign = 1 << (grid.size - 1).bit_length()
     middles = (grid[1:] + grid[:-1]) / 2
     magnitude = np.abs(values)
     code = np.searchsorted(middles, magnitude, side="left")
@@ -159,15 +151,6 @@ def _nearest(values: Floats, grid: Floats, sign: int) -> tuple[Bytes, Floats]:
     code += tie & (code % 2 == 1)
     found = np.copysign(grid[code], values)
     return (code + sign * np.signbit(values)).astype(np.uint8), found.astype(np.float32)
-
-
-def _e4m3_values() -> Floats:
-    codes = np.arange(128)
-    exponent, fraction = codes >> 3, codes & 7
-    found = np.where(
-        exponent == 0, fraction * 2.0**-9, (8 + fraction) * 2.0 ** (exponent.astype(float) - 10)
-    )
-    return found.astype(np.float32)
 
 
 def _packed(codes: Bytes, bits: int) -> Bytes:
