@@ -68,6 +68,11 @@ LAYERS = [
         "environment",
     },
     {
+        "pieces",
+        "encoding",
+        "calibration",
+        "calibrating",
+        "unquantized",
         "execute",
         "drafts",
         "recipes",

@@ -11,11 +11,11 @@ from dataclasses import replace
 from typing import Any
 
 from quantmill import mediatypes, provenance, strictjson
-from quantmill.creation import opened, plan_for, small_blobs, stored_base_of
+from quantmill.creation import calibrating, opened, plan_for, small_blobs, stored_base_of
 from quantmill.digests import Digest, digest_of
 from quantmill.drafts import Base
 from quantmill.errors import BadPlan, BadRequest, QuantmillError
-from quantmill.execute import write_blobs
+from quantmill.execute import Stages, write_blobs
 from quantmill.formats import FORMAT_NAMES
 from quantmill.manifest import BlobRef, Manifest
 from quantmill.pacing import pace
@@ -76,7 +76,7 @@ class FromSource:
             recipe = Recipe(self._source, Request(word), options)
             with opened(recipe, None) as checkpoint:
                 for planned in _plans(checkpoint, word, options, left):
-                    _make(store, checkpoint, planned, left)
+                    _make(store, checkpoint, planned, left, recipe)
                     left = _lacking(store, left)
                     if not left:
                         return
@@ -143,20 +143,31 @@ def _make(
     checkpoint: OpenSource,
     planned: Plan,
     wanted: Sequence[BlobRef],
-    recipe: Recipe | None = None,
+    recipe: Recipe,
     base: Base | None = None,
+) -> None:
+    with calibrating(planned, recipe, checkpoint) as (whole, stages):
+        _make_as_planned(store, checkpoint, whole, stages, wanted, recipe, base)
+
+
+def _make_as_planned(
+    store: Store,
+    checkpoint: OpenSource,
+    planned: Plan,
+    stages: Stages | None,
+    wanted: Sequence[BlobRef],
+    recipe: Recipe,
+    base: Base | None,
 ) -> None:
     sizes = {(ref.name, ref.size) for ref in wanted if ref.media_type == mediatypes.TENSOR}
     blobs = tuple(blob for blob in planned.blobs if (blob.name, blob.size) in sizes)
     if blobs:
         part = replace(planned, blobs=blobs)
-        write_blobs(
-            part, checkpoint, store, pace=pace(part, checkpoint.source.tensors), restart=True
-        )
+        chosen = pace(part, checkpoint.source.tensors)
+        write_blobs(part, checkpoint, store, pace=chosen, stages=stages, restart=True)
     digests: set[Digest] = {ref.digest for ref in wanted}
     pending = []
-    modelfile = recipe.modelfile if recipe else None
-    for _, _, data in small_blobs(checkpoint, planned, modelfile, base):
+    for _, _, data in small_blobs(checkpoint, planned, recipe.modelfile, base):
         if digest_of(data) in digests:
             with store.new_blob() as writer:
                 writer.write(data)
