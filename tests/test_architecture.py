@@ -100,6 +100,7 @@ LAYERS = [
         "forward",
         "windows",
         "activations",
+        "imatrix",
         "reference",
         "divergence",
         "evaluation",
