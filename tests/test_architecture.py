@@ -105,6 +105,7 @@ LAYERS = [
         "forward",
         "windows",
         "activations",
+        "imatrix",
         "reference",
         "divergence",
         "evaluation",
