@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from quantmill import blas
-from quantmill.encoding import Statistics
+from quantmill.calibration import Calibrated, Stage
 from quantmill.errors import BadRequest, Corrupt
 from quantmill.gptq import Feedback, prepare
 from quantmill.importance import scaled
@@ -56,14 +56,6 @@ EXPERT_PRODUCTS = 128
 """The same for products of columns, of which there are many more to know."""
 
 _READ = 1 << 22
-
-
-@dataclass(frozen=True, slots=True)
-class Stage:
-    """Blobs that can be written, and what is known of the inputs of their layers."""
-
-    blobs: tuple[BlobSpec, ...]
-    statistics: Statistics
 
 
 # -- tokens ----------------------------------------------------------------------------------------
@@ -134,14 +126,6 @@ def content_digest(checkpoint: OpenSource) -> str:
 # -- the pass --------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Calibrated:
-    """A plan whose calibration is known whole, and the stages that its blobs are written in."""
-
-    plan: Plan
-    stages: Callable[[Sequence[BlobSpec], Report], Iterator[Stage]]
-
-
 def calibrated(
     plan: Plan, checkpoint: OpenSource, model: Callable[[], Model], file: str | None
 ) -> Calibrated:
@@ -156,10 +140,8 @@ def calibrated(
     digest = content_digest(checkpoint)
     if decided.kind == IMATRIX:
         assert file is not None
-        return Calibrated(
-            replace(plan, calibration=replace(decided, source=digest)),
-            _from_imatrix(file, checkpoint.source, names),
-        )
+        whole = replace(plan, calibration=replace(decided, source=digest))
+        return _from_imatrix(whole, file, checkpoint.source, names)
     blas.preload()  # before anything loads MLX
     with model() as one:
         windows = windows_of(decided, one, file)
@@ -173,10 +155,24 @@ def calibrated(
     return Calibrated(replace(plan, calibration=decided), stages)
 
 
-def _from_imatrix(
-    file: str, source: Source, names: _Names
-) -> Callable[[Sequence[BlobSpec], Report], Iterator[Stage]]:
-    raise NotImplementedError
+def _from_imatrix(plan: Plan, file: str, source: Source, names: _Names) -> Calibrated:
+    from quantmill.imatrix import moments_for, read_imatrix
+
+    read = read_imatrix(file)
+    matched = moments_for(read, source)
+    found = {names.of_source(name): moments for name, moments in matched.moments.items()}
+    if not any(names.has(found, spec) for spec in plan.tensors):
+        raise BadRequest(
+            f"{read.file} has no entry for a tensor that is quantized",
+            kind="imatrix_does_not_fit",
+            hint="it must have been made of this model by llama-imatrix",
+        )
+
+    def stages(blobs: Sequence[BlobSpec], report: Report) -> Iterator[Stage]:
+        del report
+        yield Stage(tuple(blobs), _Squares(found, names))
+
+    return Calibrated(plan, stages, matched.unused)
 
 
 def _by_squares(
@@ -219,10 +215,13 @@ class _Names:
     def whole(self, spec: TensorSpec) -> str:
         return spec.name.removeprefix(self._prefix)
 
+    def of_source(self, name: str) -> str:
+        return name.removeprefix(self._folder)
+
     def members(self, spec: TensorSpec) -> list[str]:
         """A name for each matrix of a stack, where the source has them one by one."""
         count = spec.shape[0] if len(spec.shape) > 2 else 1
-        own = [name.removeprefix(self._folder) for name in spec.sources]
+        own = [self.of_source(name) for name in spec.sources]
         return own if len(own) == count else []
 
     def has(self, found: Mapping[str, object], spec: TensorSpec) -> bool:

@@ -6,8 +6,11 @@ docs/fidelity.md says why these kinds and amounts.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from quantmill.encoding import Statistics
 from quantmill.errors import BadRequest
 from quantmill.files import translated
 from quantmill.plans import (
@@ -18,8 +21,10 @@ from quantmill.plans import (
     MIXED,
     RANDOM,
     TEXT,
+    BlobSpec,
     Calibration,
     Options,
+    Plan,
 )
 
 VERSIONS = {AWARE: 1, GPTQ: 1}
@@ -31,6 +36,30 @@ LENGTH = 512
 _SEED = 0
 _WINDOWS = {RANDOM: 16, TEXT: 32, MIXED: 32}
 """Windows of each part: random tokens settle means of squares soon, products of columns later."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Blobs that can be written, and what is known of the inputs of their layers."""
+
+    blobs: tuple[BlobSpec, ...]
+    statistics: Statistics
+
+
+Stages = Callable[[Sequence[BlobSpec], Callable[[int, int], None]], Iterator[Stage]]
+"""Blobs in the order in which what they are calibrated with gets known; told of blocks passed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Calibrated:
+    """A plan whose calibration is known whole, and the stages that its blobs are written in.
+
+    `unused` are entries of an imatrix that are of no weight of the model.
+    """
+
+    plan: Plan
+    stages: Stages | None = None
+    unused: tuple[str, ...] = ()
 
 
 def calibration_for(options: Options) -> Calibration | None:
@@ -66,6 +95,4 @@ def calibration_for(options: Options) -> Calibration | None:
 def _with_file(found: Calibration, path: str) -> Calibration:
     with translated(Path(path)), Path(path).open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    from dataclasses import replace
-
     return replace(found, file=Path(path).name, file_digest=f"sha256:{digest}")

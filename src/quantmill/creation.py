@@ -12,12 +12,12 @@ from pathlib import Path
 
 from quantmill import mediatypes, modelconfig, pipelines, provenance, strictjson
 from quantmill.adaptersource import with_adapter
-from quantmill.calibration import calibration_for
+from quantmill.calibration import Calibrated, calibration_for
 from quantmill.classify import FLOAT, Kind, classify
 from quantmill.digests import Digest, digest_of
 from quantmill.drafts import Base, open_with_draft, stored_base, with_draft
 from quantmill.errors import BadRequest, BadSource, Corrupt, StoreError
-from quantmill.execute import Progress, Stages, Written, recorded, write_blobs
+from quantmill.execute import Progress, Written, recorded, write_blobs
 from quantmill.manifest import BlobRef, manifest_bytes, parse_manifest
 from quantmill.modelfile import Modelfile, decode_modelfile, parse_modelfile
 from quantmill.names import ModelName, as_name
@@ -25,7 +25,7 @@ from quantmill.opening import Report, locate, open_source
 from quantmill.pacing import pace
 from quantmill.parts import naming
 from quantmill.planner import make_plan, merge_plans, plan_part
-from quantmill.plans import CALIBRATED, Options, Plan
+from quantmill.plans import CALIBRATED, IMATRIX, Options, Plan
 from quantmill.recipes import Recipe, Request
 from quantmill.source import ADAPTER, CONFIG, DRAFT, MODEL, MODEL_INDEX, OpenSource, Source
 from quantmill.space import require_space
@@ -40,7 +40,8 @@ class Created:
 
     `new_blobs` were not in the store before; `resumed` were there and known from an earlier run.
     `base` is the stored model that a draft model was added to; the plan is then the draft's alone.
-    `unmeasured` are tensors that a calibration said nothing of.
+    `unmeasured` are tensors that a calibration said nothing of, `unused` what an imatrix says of
+    others.
     """
 
     name: ModelName
@@ -53,6 +54,7 @@ class Created:
     non_finite: tuple[tuple[str, int], ...]
     base: ModelName | None = None
     unmeasured: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
 
 
 def plan(
@@ -166,18 +168,29 @@ def create(
     with opened(recipe, base, fetching) as checkpoint:
         found = checkpoint.source
         decided = plan_for(found, request, options)
+        _check_memory(decided, memory)
         chosen = pace(decided, found.tensors, workers, memory)
         run = partial(write_blobs, pace=chosen, restart=restart, progress=progress)
-        with calibrating(decided, recipe, checkpoint) as (decided, stages), store.writing():
+        with calibrating(decided, recipe, checkpoint) as calibrated, store.writing():
+            decided = calibrated.plan
             additions = small_blobs(checkpoint, decided, modelfile, base)
-            run = partial(run, decided, checkpoint, store, stages=stages)
+            run = partial(run, decided, checkpoint, store, stages=calibrated.stages)
             require_space(store, decided, checkpoint, sum(len(data) for *_, data in additions))
             written, small = _write_all(store, additions, run)
             refs = [*written.refs, *small[1:]]
             entries = _entries(base, refs) if draft else refs
             raw = _publish(store, target, small[0], entries, base)
             provenance.note_recipe(store, digest_of(raw), recipe)
-    return _created(store, target, decided, raw, written, base)
+    made = _created(store, target, decided, raw, written, base)
+    return replace(made, unused=calibrated.unused)
+
+
+def _check_memory(decided: Plan, memory: int | None) -> None:
+    if memory is not None and decided.calibration and decided.calibration.kind != IMATRIX:
+        raise BadRequest(
+            f"--method {decided.options.method} runs the model, whose memory is not budgeted",
+            hint="leave out --memory, or use --method search or --imatrix, which run nothing",
+        )
 
 
 def _write_all(
@@ -213,15 +226,13 @@ def _created(
 
 
 @contextmanager
-def calibrating(
-    decided: Plan, recipe: Recipe, checkpoint: OpenSource
-) -> Iterator[tuple[Plan, Stages | None]]:
+def calibrating(decided: Plan, recipe: Recipe, checkpoint: OpenSource) -> Iterator[Calibrated]:
     """The plan with its calibration known whole, and what gives it; nothing for other methods.
 
     Raises BadPlan for models without a forward pass, and what `calibrating.calibrated` does.
     """
     if decided.calibration is None or not any(t.method in CALIBRATED for t in decided.tensors):
-        yield replace(decided, calibration=None), None
+        yield Calibrated(replace(decided, calibration=None))
         return
     from quantmill import blas
 
@@ -235,8 +246,7 @@ def calibrating(
         return create("reference", place, store=own, merge_lora=recipe.merge_lora).name
 
     with unquantized(place, checkpoint.source, stored) as model:
-        found = calibrated(decided, checkpoint, model, options.calibration or options.imatrix)
-        yield found.plan, found.stages
+        yield calibrated(decided, checkpoint, model, options.calibration or options.imatrix)
 
 
 def stored_base_of(store: Store, recipe: Recipe) -> Base | None:

@@ -10,10 +10,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from quantmill import mediatypes
 from quantmill.blobwriter import BlobWriter, Pending
+from quantmill.calibration import Stages
 from quantmill.digests import Digest
 from quantmill.encoding import Statistics, encoded, method_of
 from quantmill.errors import BadRequest, BadWeights
@@ -36,9 +37,6 @@ from quantmill.quantize import Arithmetic, quantize, scan
 from quantmill.source import OpenSource
 from quantmill.store import Store
 from quantmill.weights import MAX_SCALE, Quantized
-
-if TYPE_CHECKING:
-    from quantmill.calibrating import Stage
 
 SMALLEST_MAXIMUM = 1e-30
 """A tensor with no larger magnitude gets no global scale: its inverse would overflow."""
@@ -78,9 +76,6 @@ class Written:
 
 
 _T = TypeVar("_T")
-
-Stages = Callable[[Sequence[BlobSpec], Callable[[int, int], None]], Iterator["Stage"]]
-"""Blobs in the order in which what they are calibrated with gets known; told of blocks passed."""
 
 
 class Cancelled(Exception):

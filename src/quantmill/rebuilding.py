@@ -11,11 +11,12 @@ from dataclasses import replace
 from typing import Any
 
 from quantmill import mediatypes, provenance, strictjson
+from quantmill.calibration import Calibrated
 from quantmill.creation import calibrating, opened, plan_for, small_blobs, stored_base_of
 from quantmill.digests import Digest, digest_of
 from quantmill.drafts import Base
 from quantmill.errors import BadPlan, BadRequest, QuantmillError
-from quantmill.execute import Stages, write_blobs
+from quantmill.execute import write_blobs
 from quantmill.formats import FORMAT_NAMES
 from quantmill.manifest import BlobRef, Manifest
 from quantmill.pacing import pace
@@ -146,25 +147,25 @@ def _make(
     recipe: Recipe,
     base: Base | None = None,
 ) -> None:
-    with calibrating(planned, recipe, checkpoint) as (whole, stages):
-        _make_as_planned(store, checkpoint, whole, stages, wanted, recipe, base)
+    with calibrating(planned, recipe, checkpoint) as calibrated:
+        _make_calibrated(store, checkpoint, calibrated, wanted, recipe, base)
 
 
-def _make_as_planned(
+def _make_calibrated(
     store: Store,
     checkpoint: OpenSource,
-    planned: Plan,
-    stages: Stages | None,
+    calibrated: Calibrated,
     wanted: Sequence[BlobRef],
     recipe: Recipe,
     base: Base | None,
 ) -> None:
+    planned = calibrated.plan
     sizes = {(ref.name, ref.size) for ref in wanted if ref.media_type == mediatypes.TENSOR}
     blobs = tuple(blob for blob in planned.blobs if (blob.name, blob.size) in sizes)
     if blobs:
         part = replace(planned, blobs=blobs)
         chosen = pace(part, checkpoint.source.tensors)
-        write_blobs(part, checkpoint, store, pace=chosen, stages=stages, restart=True)
+        write_blobs(part, checkpoint, store, pace=chosen, stages=calibrated.stages, restart=True)
     digests: set[Digest] = {ref.digest for ref in wanted}
     pending = []
     for _, _, data in small_blobs(checkpoint, planned, recipe.modelfile, base):
