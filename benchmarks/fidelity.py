@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from peers import PEERS
-from permuted import packaged, write_checkpoint
+from permuted import packaged, permute, write_plain
 from results import keep
 from textsets import LENGTH, TextSet, text_sets
 
@@ -214,7 +214,9 @@ def run(chosen: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
     """Make, judge and print; the rows."""
     from quantmill import mlxlm
 
-    checkpoint = write_checkpoint(packaged(), work / "permuted")
+    checkpoint = work / "permuted"
+    if not checkpoint.exists():
+        permute(write_plain(packaged(), work / "plain")).rename(checkpoint)
     store, rows = Store(work / "store"), []
     with opened(checkpoint, store) as reference:
         tokenizer = mlxlm.tokenizer_for(reference, reference.config)

@@ -6,7 +6,7 @@ a head between value and output matters to nothing but the groups that quantizin
 model, to rounding, with groups of weights that come from no one grid. Query and key stay as they
 are, since rotary positions pair their channels.
 
-    python benchmarks/permuted.py FOLDER [--gguf FILE] [--seed 0] [--plain]
+    python benchmarks/permuted.py FOLDER [--gguf FILE] [--seed 0]
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,26 +40,19 @@ def packaged() -> Path:
     return next(Path(found.submodule_search_locations[0]).glob("*.gguf"))
 
 
-def write_checkpoint(gguf: Path, folder: Path, seed: int | None = 0) -> Path:
-    """Write a Llama in BF16 with its tokenizer, permuted where there is a seed; the folder.
-
-    A folder that is there already is taken for what an earlier call wrote.
-    """
-    if folder.exists():
-        return folder
+def write_plain(gguf: Path, folder: Path) -> Path:
+    """Write a GGUF file's model in BF16 with its tokenizer, in the order it has; the folder."""
     with tempfile.TemporaryDirectory(prefix="permuted-") as temporary:
-        store, plain = Store(Path(temporary) / "store"), Path(temporary) / "plain"
+        store = Store(temporary)
         made = create("plain", gguf, store=store, requantize="bf16")
         with open_model(made.name, store=store) as model:
-            export(model, plain, "hf")
-        if seed is not None:
-            config = json.loads((plain / "config.json").read_text())
-            _rewrite(plain, config, seed)
-        shutil.move(plain, folder)
+            export(model, folder, "hf")
     return folder
 
 
-def _rewrite(folder: Path, config: Mapping[str, Any], seed: int) -> None:
+def permute(folder: Path, seed: int = 0) -> Path:
+    """Change the order in a directory of a Llama in BF16, where it lies; the folder."""
+    config = json.loads((folder / "config.json").read_text())
     arrays: dict[str, _Bits] = {}
     for path in sorted(folder.glob("*.safetensors")):
         raw = path.read_bytes()
@@ -79,6 +71,7 @@ def _rewrite(folder: Path, config: Mapping[str, Any], seed: int) -> None:
         file.write(header)
         for array in found.values():
             file.write(np.ascontiguousarray(array).tobytes())
+    return folder
 
 
 def permuted(arrays: Mapping[str, _Bits], config: Mapping[str, Any], seed: int) -> dict[str, _Bits]:
@@ -131,7 +124,5 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path)
     parser.add_argument("--gguf", type=Path)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--plain", action="store_true", help="leave the order as it is")
     chosen = parser.parse_args()
-    seed_or_none = None if chosen.plain else chosen.seed
-    write_checkpoint(chosen.gguf or packaged(), chosen.folder, seed_or_none)
+    permute(write_plain(chosen.gguf or packaged(), chosen.folder), chosen.seed)
