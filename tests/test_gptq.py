@@ -11,9 +11,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from quantmill import kernels
 from quantmill.decode import Packed, decode
 from quantmill.elements import to_float32
 from quantmill.errors import BadRequest
+from quantmill.feedbackarrays import Tiles
 from quantmill.formats import Format, parse_format
 from quantmill.gptq import prepare, quantize_with_feedback
 from quantmill.quantize import quantize
@@ -297,6 +299,71 @@ def test_rows_are_independent(word: str) -> None:
     ]
     assert bytes(whole.weight) == b"".join(bytes(part.weight) for part in parts)
     assert bytes(whole.scales) == b"".join(bytes(part.scales) for part in parts)
+
+
+# -- kernels ---------------------------------------------------------------------------------------
+
+NATIVE = [k.name for k in kernels.list_kernels() if k.supported]
+
+
+def hard_tiles(fmt: Format, seed: int) -> tuple[Tiles, Array, Array, Array]:
+    """Tiles of odd numbers with scales, biases and factors that need not belong to them."""
+    chance = np.random.default_rng(seed)
+    w = chance.normal(0, 0.05, (130, 256)).astype(np.float32)
+    w[:, ::7] *= np.float32(1e3)
+    w[3:9, 100:140], w[9, 40:90] = 0, -0.0
+    w[0, 5], w[1, 70], w[2, 130], w[64, 0] = np.nan, np.inf, -np.inf, 3e38
+    w[70:74] = np.ldexp(w[70:74], -130)
+    scale = np.exp(chance.normal(-4, 3, 130)).astype(np.float32)
+    bias = chance.normal(0, 0.2, 130).astype(np.float32)
+    scale[:6] = 0, np.nan, np.inf, 1e-42, 1e38, 2e-45
+    if fmt.has_bias:
+        scale[6:40] *= -1
+        bias[40:43] = np.nan, np.inf, -np.inf
+    factors = chance.normal(0, 0.3, (256, 256)).astype(np.float32)
+    factors[5], factors[20, 25:40] = 1e38, 0
+    return Tiles.of(w, fmt), scale, bias, factors
+
+
+def ran(name: str, fmt: Format, dtype: str, monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """One implementation's codes, errors and current weights after two groups."""
+    monkeypatch.setenv(kernels.VARIABLE, name)
+    tiles, scale, bias, factors = hard_tiles(fmt, fmt.bits)
+    size = fmt.group_size
+    tiles.round(0, scale, bias, dtype, factors)
+    tiles.carry((0, size), (size, 256), factors)
+    tiles.round(size, scale[::-1].copy(), bias, dtype, factors)
+    tiles.carry((0, 2 * size), (2 * size, 256), factors)
+    # one NaN: its sign and bits depend on the processor
+    arrays = [np.where(np.isnan(a), np.float32(7), a) for a in (tiles.errors, tiles.current)]
+    return [tiles.codes.tobytes(), *(array.tobytes() for array in arrays)]
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
+@pytest.mark.parametrize("word", [*FORMATS, "affine-2", "affine-5"])
+def test_every_kernel_gives_the_same_bytes(
+    word: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NumPy's form included, for numbers that no search would give as well."""
+    fmt = parse_format(word)
+    expected = ran(kernels.MLX, fmt, dtype, monkeypatch)
+    for name in NATIVE:
+        found = ran(name, fmt, dtype, monkeypatch)
+        assert [a == b for a, b in zip(found, expected, strict=True)] == [True] * 3, name
+
+
+def test_kernels_refuse_arrays_that_do_not_fit() -> None:
+    """No memory but the arrays' own is touched."""
+    fmt = parse_format("int4")
+    tiles, scale, bias, factors = hard_tiles(fmt, 1)
+    with pytest.raises(ValueError, match="factors"):
+        tiles.round(0, scale, bias, "F32", factors[:, :128].copy())
+    with pytest.raises(ValueError, match="no group"):
+        tiles.round(256, scale, bias, "F32", factors)
+    with pytest.raises(ValueError, match="no such columns"):
+        tiles.carry((0, 64), (64, 272), factors)
+    with pytest.raises(ValueError, match="multiple"):
+        tiles.carry((0, 64), (64, 72), factors)
 
 
 def test_shapes_that_do_not_fit_are_told() -> None:

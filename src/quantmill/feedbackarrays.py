@@ -1,7 +1,8 @@
 """Rounding columns one after the other and carrying their errors on, docs/formats.md's way.
 
-Matrices are cut into tiles of 64 rows in which a column lies side by side, so that every operation
-runs along rows, which are independent: how many there are, and who computes them, changes nothing.
+The native kernels do the work, NumPy where they are not used, with the same bytes. Matrices are
+cut into tiles of 64 rows in which a column lies side by side, so that every operation runs along
+rows, which are independent: how many there are, and who computes them, changes nothing.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from quantmill import kernels
 from quantmill.elements import E2M1, E4M3, RAW, from_float32, to_float32
 from quantmill.formats import Format
 
@@ -58,9 +60,12 @@ class Tiles:
 
         `scale` and `bias` are float32 [rows], numbers of `dtype` in affine formats.
         """
-        size = self.format.group_size
-        tiles = len(self.errors)
-        rule = _Rule(self.format, dtype, _padded(scale, tiles, 1), _padded(bias, tiles, 0))
+        size, tiles = self.format.group_size, len(self.errors)
+        scale, bias = _padded(scale, tiles, 1), _padded(bias, tiles, 0)
+        arrays = scale, bias, factors, self.errors, self.current, self.codes
+        if kernels.round_columns(dtype, self.format, self.errors.shape[1], first, arrays):
+            return
+        rule = _Rule(self.format, dtype, scale, bias)
         found = np.empty((tiles, size, LANES), np.uint8)
         for place in range(size):
             column = first + place
@@ -77,7 +82,8 @@ class Tiles:
 
     def carry(self, done: tuple[int, int], to: tuple[int, int], factors: Floats) -> None:
         """Add the errors of columns `done` times their factors to the columns `to`, in order."""
-        if to[0] >= to[1]:
+        arrays = factors, self.errors, self.current
+        if kernels.carry(self.errors.shape[1], done, to, arrays):
             return
         with np.errstate(invalid="ignore", over="ignore"):
             for tile in range(len(self.errors)):
@@ -97,7 +103,7 @@ class _Rule:
 
     def __init__(self, fmt: Format, dtype: str, scale: Floats, bias: Floats) -> None:
         self._fmt, self._dtype, self._scale, self._bias = fmt, dtype, scale, bias
-        with np.errstate(divide="ignore"):
+        with np.errstate(divide="ignore", over="ignore"):
             self._inverse = _F32(1) / scale
 
     @np.errstate(invalid="ignore", over="ignore")
