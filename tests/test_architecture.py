@@ -103,6 +103,7 @@ LAYERS = [
         "generate",
         "export",
         "denseweights",
+        "cpulanes",
         "forward",
         "windows",
         "activations",
@@ -182,7 +183,7 @@ def test_what_is_stored_is_computed_in_one_module() -> None:
     """MLX's part in `create` sits behind one seam; using models needs MLX's arrays."""
     users = {m for m, tree in MODULES.items() if any(n.startswith("mlx") for n in imports(tree))}
     using_models = {"model", "layers", "mlxlm", "generate", "export", "environment"}
-    using_models |= {"denseweights", "forward", "divergence"}
+    using_models |= {"denseweights", "forward", "cpulanes", "divergence"}
     assert users - using_models == {"mlxquantize"}
 
 

@@ -9,18 +9,19 @@ first only note what they are called with, and later give back what they were co
 
 from __future__ import annotations
 
-import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 from mlx import nn
+from mlx.utils import tree_flatten
 
-from quantmill import blas, mlxlm
+from quantmill import cpulanes, mlxlm
 from quantmill.denseweights import DenseWeights, StoredWeight
 from quantmill.errors import BadPlan, BadRequest
 from quantmill.model import Model
@@ -30,10 +31,6 @@ Windows = npt.NDArray[np.integer[Any]]
 
 TOKENS_AT_ONCE = 512
 """Tokens that go through a block together, in whole windows: enough for fast matrix products."""
-
-_LANES = 2
-"""So many of those at a time: MLX uses one processor for all but matrix products on a CPU."""
-
 
 _INSTEAD = "`quantmill diff` compares the weights of such a model with those it was made from"
 
@@ -66,26 +63,17 @@ _Seen = tuple[str, mx.array, mx.array | None]
 
 @dataclass(slots=True)
 class _Watch:
-    """What the layers of the block at work were given, in the order of their calls."""
+    """What the layers of the block at work were given, in the order of their calls in a thread."""
 
     on: bool = False
-    computing: bool = True
-    seen: list[_Seen] = field(default_factory=list)
+    here: threading.local = field(default_factory=threading.local)
 
     def note(self, path: str, x: mx.array, indices: mx.array | None = None) -> None:
         if self.on:
-            self.seen.append((path, x, indices))
-
-    def product(self, x: mx.array, weight: mx.array) -> mx.array:
-        """Rows times a transposed weight; by NumPy where MLX has the reference BLAS, far slower."""
-        if not (self.computing and _numpy_is_faster()):
-            return x @ weight.T
-        mx.eval(x, weight)
-        rows = np.asarray(x).reshape(-1, x.shape[-1])
-        return mx.array(rows @ np.asarray(weight).T).reshape(*x.shape[:-1], weight.shape[0])
+            self.here.__dict__.setdefault("seen", []).append((path, x, indices))
 
     def take(self) -> list[_Seen]:
-        found, self.seen = self.seen, []
+        found: list[_Seen] = self.here.__dict__.pop("seen", [])
         return found
 
 
@@ -109,7 +97,7 @@ class _Table(nn.Module):
 
     def as_linear(self, x: mx.array) -> mx.array:
         self._watch.note(self._path, x)
-        return self._watch.product(x, self.weight)
+        return cpulanes.product(x, self.weight)
 
 
 def _replace_class(module: nn.Module, call: Callable[..., Any]) -> None:
@@ -129,7 +117,7 @@ def _watch_linear(module: nn.Module, path: str, watch: _Watch) -> None:
         watch.note(path, x)
         if not plain:
             return own(x)
-        y = watch.product(x, module["weight"])
+        y = cpulanes.product(x, module["weight"])
         return y + module["bias"] if "bias" in module else y
 
     _replace_class(module, call)
@@ -144,7 +132,7 @@ def _watch_experts(module: nn.Module, path: str, watch: _Watch) -> None:
         weight: mx.array = module["weight"]
         parts, places = [], []
         for expert, rows, values in _by_expert(x, indices):
-            parts.append(watch.product(values, weight[expert]))
+            parts.append(cpulanes.product(values, weight[expert]))
             places.append(rows)
         back = mx.array(np.argsort(np.concatenate(places)))
         y = mx.concatenate(parts)[back].reshape(*indices.shape, 1, weight.shape[1])
@@ -159,7 +147,7 @@ def _by_expert(
     """Expert, places among the flattened indices, and its rows [tokens, columns]."""
     columns = x.shape[-1]
     flat = mx.broadcast_to(x[..., 0, :], (*indices.shape, columns)).reshape(-1, columns)
-    chosen = np.asarray(indices).reshape(-1)
+    chosen = cpulanes.values(indices)[0].reshape(-1)
     for expert in np.unique(chosen):
         rows = np.flatnonzero(chosen == expert)
         yield int(expert), rows, flat[mx.array(rows)]
@@ -276,7 +264,6 @@ class Forward:
         self._blocks: list[nn.Module] = list(self._inner.layers)
         self._weights.fill(self._inner, self._prefix, [f"{self._prefix}layers."])
         self._prepare()
-        self._lanes = lanes()
         self._streams = [self._begin(chunk) for chunk in _chunks(np.asarray(windows))]
 
     def __len__(self) -> int:
@@ -292,18 +279,16 @@ class Forward:
         placeholders = block.parameters()
         self._weights.fill(block, f"{self._prefix}layers.{index}.")
         self._stations.running, self._watch.on = True, observe is not None
-        for start in range(0, len(self._streams), _LANES):
-            seen = []
-            streams = self._streams[start : start + _LANES]
-            for stream, lane in zip(streams, self._lanes, strict=False):
-                call = stream.calls[index]
-                with mx.stream(lane):
-                    stream.hidden = block(stream.hidden, *call.args, **call.others)
-                seen.append(self._watch.take())
-            mx.eval([s.hidden for s in streams], [x for one in seen for _, x, _ in one])
-            if observe is not None:
-                for one in seen:
-                    observe(self._given(one))
+        mx.eval(
+            _arrays(block),
+            [_arrays((s.calls[index].args, s.calls[index].others)) for s in self._streams],
+        )
+        tasks = [partial(self._through, block, index, stream) for stream in self._streams]
+        lanes = len(tasks) if observe is None else cpulanes.count()
+        for start in range(0, len(tasks), lanes):
+            for seen in cpulanes.each(tasks[start : start + lanes]):
+                if observe is not None:
+                    observe(self._given(seen))
         self._stations.running = self._watch.on = False
         block.update(placeholders)  # never computed: what was in their place is let go of
 
@@ -320,9 +305,9 @@ class Forward:
             self._stations.last = stream.hidden
             found.append(np.array(self._inner(stream.tokens)))
             if observe is not None:
-                self._watch.on, self._watch.computing = True, False
+                self._watch.on = True
                 self.logits(found[-1])  # not computed: only the head's input is looked at
-                self._watch.on, self._watch.computing = False, True
+                self._watch.on = False
                 observe(self._given(self._watch.take()))
         self._streams = []
         self._stations.last = None
@@ -339,6 +324,16 @@ class Forward:
         return found.reshape(*states.shape[:-1], -1)
 
     # -- inside ------------------------------------------------------------------------------------
+
+    def _through(self, block: nn.Module, index: int, stream: _Stream) -> list[_Seen]:
+        """Send some windows through a block; what its layers were given."""
+        self._watch.take()
+        call = stream.calls[index]
+        hidden = block(stream.hidden, *call.args, **call.others)
+        seen = self._watch.take()
+        cpulanes.values(hidden, *(a for _, *given in seen for a in given if a is not None))
+        stream.hidden = hidden
+        return seen
 
     def _vocabulary(self, embedding: str) -> int:
         names = [f"{path}.weight" for path, _ in self._target.named_modules()]
@@ -412,22 +407,11 @@ def _of_expert(
         yield Given(single, values)
 
 
-@cache  # a stream of MLX has a thread, and is never closed
-def _cpu_lanes() -> list[mx.Stream]:
-    return [mx.new_stream(mx.cpu) for _ in range(_LANES)]
-
-
-def _numpy_is_faster() -> bool:
-    """On Linux without a preloaded BLAS: NumPy's wheels bring a fast one that only NumPy uses."""
-    on_cpu = mx.default_device() == mx.Device(mx.cpu)
-    return on_cpu and sys.platform == "linux" and blas.preload().path is None
-
-
-def lanes() -> list[mx.Stream]:
-    """Streams for work that may overlap: MLX uses one processor for each on a CPU."""
-    device = mx.default_device()
-    on_cpu = device == mx.Device(mx.cpu)
-    return _cpu_lanes() if on_cpu else [mx.default_stream(device)] * _LANES
+def _arrays(tree: Any) -> list[mx.array]:
+    """Arrays of a module, those it keeps beside its parameters too, or of a tree of values."""
+    parts = [dict(m) for m in tree.modules()] if isinstance(tree, nn.Module) else [tree]
+    found: Any = tree_flatten(parts, is_leaf=lambda value: isinstance(value, nn.Module))
+    return [value for _, value in found if isinstance(value, mx.array)]
 
 
 def _chunks(windows: Windows) -> Iterator[mx.array]:
