@@ -218,8 +218,8 @@ def _created(
 ) -> Created:  # fmt: skip
     manifest = parse_manifest(raw, target.display)
     return Created(
-        store.spelling(target), manifest.digest, calibrated.plan, len(manifest.blobs), written.new_blobs,
-        written.resumed, manifest.total_size, tuple(written.non_finite.items()),
+        store.spelling(target), manifest.digest, calibrated.plan, len(manifest.blobs),
+        written.new_blobs, written.resumed, manifest.total_size, tuple(written.non_finite.items()),
         base.name if base else None, written.unmeasured, calibrated.unused,
     )  # fmt: skip
 
