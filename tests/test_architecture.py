@@ -53,6 +53,7 @@ LAYERS = [
         "coding",
         "importance",
         "gptq",
+        "feedbackarrays",
         "merging",
         "adaptersource",
         "hub",

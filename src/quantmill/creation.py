@@ -166,10 +166,9 @@ def create(
     recipe = Recipe(source, request, options, modelfile, draft, merge_lora, follow_links)
     base = stored_base_of(store, recipe)
     with opened(recipe, base, fetching) as checkpoint:
-        found = checkpoint.source
-        decided = plan_for(found, request, options)
+        decided = plan_for(checkpoint.source, request, options)
         _check_memory(decided, memory)
-        chosen = pace(decided, found.tensors, workers, memory)
+        chosen = pace(decided, checkpoint.source.tensors, workers, memory)
         run = partial(write_blobs, pace=chosen, restart=restart, progress=progress)
         with calibrating(decided, recipe, checkpoint) as calibrated, store.writing():
             decided = calibrated.plan
@@ -181,8 +180,7 @@ def create(
             entries = _entries(base, refs) if draft else refs
             raw = _publish(store, target, small[0], entries, base)
             provenance.note_recipe(store, digest_of(raw), recipe)
-    made = _created(store, target, decided, raw, written, base)
-    return replace(made, unused=calibrated.unused)
+    return _created(store, target, calibrated, raw, written, base)
 
 
 def _check_memory(decided: Plan, memory: int | None) -> None:
@@ -215,13 +213,14 @@ def _publish(
 
 
 def _created(
-    store: Store, target: ModelName, decided: Plan, raw: bytes, written: Written, base: Base | None
-) -> Created:
+    store: Store, target: ModelName, calibrated: Calibrated, raw: bytes, written: Written,
+    base: Base | None,
+) -> Created:  # fmt: skip
     manifest = parse_manifest(raw, target.display)
     return Created(
-        store.spelling(target), manifest.digest, decided, len(manifest.blobs), written.new_blobs,
-        written.resumed, manifest.total_size, tuple(written.non_finite.items()),
-        base.name if base else None, written.unmeasured,
+        store.spelling(target), manifest.digest, calibrated.plan, len(manifest.blobs),
+        written.new_blobs, written.resumed, manifest.total_size, tuple(written.non_finite.items()),
+        base.name if base else None, written.unmeasured, calibrated.unused,
     )  # fmt: skip
 
 
