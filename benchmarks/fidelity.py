@@ -166,6 +166,7 @@ def row(result: Result, base: Result) -> dict[str, Any]:
         "p99": kl.p99,
         "top1": agreement.value,
         "perplexity": found.perplexity.value,
+        "reference perplexity": found.reference_perplexity and found.reference_perplexity.value,
         "bits per weight": result.variant.bits_per_weight,
         "create s": result.variant.seconds,
         "tokens": found.tokens_digest,
