@@ -93,9 +93,12 @@ fuzz: $(VENV)/.test
 bench: $(VENV)/.test
 	$(BIN)/python -m pip install --quiet --group bench
 	$(BIN)/python benchmarks/bench_kernels.py
+	$(BIN)/python benchmarks/bench_search.py
 	$(BIN)/python benchmarks/bench_create.py
 	$(BIN)/python benchmarks/bench_sources.py
 	$(BIN)/python benchmarks/bench_load.py
+	$(BIN)/python benchmarks/bench_eval.py
+	PYTHONPATH=tests $(BIN)/python benchmarks/bench_embeddings.py
 	$(BIN)/python benchmarks/plot_create.py --to bench-results/create.svg
 
 # An environment of its own: with torch in it, transformers loads torch for everything.

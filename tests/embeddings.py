@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
+from quantmill.denseweights import StoredWeight
 from quantmill.model import Model
 from quantmill.windows import default_text
 
@@ -89,13 +90,15 @@ def _gelu(x: Floats) -> Floats:
 
 
 def encoder_of(model: Model) -> Encoder:
-    """An open model, its codes as numbers in float32."""
-    weights = {
-        name: np.asarray(model.dequantize(name).astype(mx.float32))
-        for name in model
-        if model.dtype(name) != "I64"
-    }
-    return Encoder(dict(model.config), weights)
+    """An open model, its codes as numbers the way `eval` has them: scales taken as float32."""
+    return Encoder(dict(model.config), {name: _dense(model, name) for name in model})
+
+
+def _dense(model: Model, name: str) -> Floats:
+    parts = model.parts(name)
+    fmt = None if parts.params is None else parts.params.format
+    stored = StoredWeight(parts.weight, parts.scales, parts.biases, fmt)
+    return np.asarray(stored.dense())
 
 
 def write_as(dtype: str, source: Path, folder: Path) -> Path:
