@@ -259,7 +259,7 @@ def main() -> None:
     parser.add_argument("--sets", type=_words(sets), default=list(sets))
     parser.add_argument("--formats", type=_words(FORMATS), default=list(FORMATS))
     parser.add_argument("--methods", type=_words(list(METHODS)), default=list(METHODS))
-    parser.add_argument("--peers", type=_words(list(PEERS)), default=["mixed_4_6"])
+    parser.add_argument("--peers", type=_words(list(PEERS)), default=list(PEERS))
     parser.add_argument("--windows", type=int, help="windows of each set, 40 for all of E1")
     parser.add_argument("--work", type=Path, help="folder for checkpoint and store, to be kept")
     chosen = parser.parse_args()
