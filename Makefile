@@ -95,9 +95,12 @@ fuzz: $(VENV)/.test
 bench: $(VENV)/.test
 	$(BIN)/python -m pip install --quiet --group bench
 	$(BIN)/python benchmarks/bench_kernels.py
+	$(BIN)/python benchmarks/bench_search.py
 	$(BIN)/python benchmarks/bench_create.py
 	$(BIN)/python benchmarks/bench_sources.py
 	$(BIN)/python benchmarks/bench_load.py
+	$(BIN)/python benchmarks/bench_eval.py
+	PYTHONPATH=tests $(BIN)/python benchmarks/bench_embeddings.py
 	$(BIN)/python benchmarks/plot_create.py --to bench-results/create.svg
 
 TEXTS :=
