@@ -24,7 +24,7 @@ LAYERS = [
     | {"coded", "floatcodes", "integercodes", "schemes", "prequantized", "hubfiles"}
     | {"pipelines", "adapters", "weightings"}
     | {"ggufnames", "ggufconfig", "gguftokenizer", "ggufcodes"}
-    | {"companions", "quantconfig", "quantparams"},
+    | {"companions", "quantconfig", "quantparams", "allocation", "readers"},
     {
         "files",
         "blobwriter",
@@ -100,6 +100,8 @@ LAYERS = [
         "forward",
         "windows",
         "activations",
+        "standins",
+        "sensitivity",
         "reference",
         "divergence",
         "evaluation",
@@ -175,7 +177,7 @@ def test_what_is_stored_is_computed_in_one_module() -> None:
     """MLX's part in `create` sits behind one seam; using models needs MLX's arrays."""
     users = {m for m, tree in MODULES.items() if any(n.startswith("mlx") for n in imports(tree))}
     using_models = {"model", "layers", "mlxlm", "generate", "export", "environment"}
-    using_models |= {"denseweights", "forward", "divergence"}
+    using_models |= {"denseweights", "standins", "forward", "divergence", "sensitivity"}
     assert users - using_models == {"mlxquantize"}
 
 
