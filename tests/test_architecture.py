@@ -101,7 +101,9 @@ LAYERS = [
         "windows",
         "activations",
         "standins",
+        "branches",
         "sensitivity",
+        "automatic",
         "reference",
         "divergence",
         "evaluation",
@@ -177,7 +179,8 @@ def test_what_is_stored_is_computed_in_one_module() -> None:
     """MLX's part in `create` sits behind one seam; using models needs MLX's arrays."""
     users = {m for m, tree in MODULES.items() if any(n.startswith("mlx") for n in imports(tree))}
     using_models = {"model", "layers", "mlxlm", "generate", "export", "environment"}
-    using_models |= {"denseweights", "standins", "forward", "divergence", "sensitivity"}
+    using_models |= {"denseweights", "standins", "forward", "branches", "divergence"}
+    using_models |= {"sensitivity"}
     assert users - using_models == {"mlxquantize"}
 
 

@@ -10,6 +10,7 @@ but names.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -111,7 +112,7 @@ def _check(items: Sequence[Item]) -> None:
             raise BadRequest(f"{item.name!r} has nothing to choose from")
         if len({option.format for option in item.options}) < len(item.options):
             raise BadRequest(f"{item.name!r} has a format twice")
-    for first, second in zip(items, items[1:], strict=False):
+    for first, second in itertools.pairwise(items):
         if first.name == second.name:
             raise BadRequest(f"{first.name!r} is there twice")
 
@@ -155,7 +156,7 @@ def _descend(
     steps = []
     for place, (name, ladder) in enumerate(ladders.items()):
         hull, gain = _hull(ladder), math.inf
-        for small, large in zip(hull, hull[1:], strict=False):
+        for small, large in itertools.pairwise(hull):
             gain = min(gain, _gain(small, large))  # rounding must not turn two steps about
             steps.append((-gain, place, large.nbytes, name, small, large))
     for gain, _, _, name, small, large in sorted(steps, key=lambda step: step[:3]):
