@@ -48,7 +48,7 @@ def variants(names: list[tuple[str, ...]]) -> list[dict[str, Callable[[mx.array]
     return [dict.fromkeys(some, coarse) for some in names]
 
 
-CASES = {
+CASES: dict[str, list[tuple[str, ...]]] = {
     LLAMA: [
         ("model.layers.1.mlp.down_proj.weight",),
         ("model.layers.0.self_attn.q_proj.weight",),
