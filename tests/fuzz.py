@@ -27,7 +27,7 @@ import httpx2
 
 import quantmill
 from checkpoints import SMALL, write_checkpoint
-from quantmill import ggufheader, registry, tensorfile
+from quantmill import ggufheader, imatrix, registry, tensorfile
 from quantmill.addresses import is_public, origin_of, redirect_target, registry_origin
 from quantmill.challenges import parse_challenges
 from quantmill.creation import plan
@@ -39,6 +39,7 @@ from quantmill.names import name_from_path, parse_name
 from quantmill.partials import Partial
 from quantmill.patience import Patience, Temporary
 from quantmill.pulling import described_refs
+from quantmill.source import Source, SourceTensor
 from quantmill.spans import Span, parse_content_range, parse_uploaded
 from quantmill.store import Store
 from quantmill.strictjson import BadJson, parse
@@ -65,6 +66,21 @@ HEADERS = [
     b"//", b"206", b"302", b"401", b"503", b"%2e%2e", b"\xb2", b"xn--", b":99999", b"0\r\n\r\n",
 ]  # fmt: skip
 """Words of HTTP, for the targets that read it."""
+
+MATCHED = Source(
+    {"model_type": "qwen3_moe"},
+    {
+        name: SourceTensor(name, "BF16", shape)
+        for name, shape in {
+            "lm_head.weight": (4, 4),
+            "model.layers.0.mlp.experts.0.up_proj.weight": (4, 2),
+            "model.layers.0.mlp.experts.1.up_proj.weight": (4, 2),
+            "model.layers.0.mlp.experts.gate_proj.weight": (2, 4, 2),
+            "model.layers.0.self_attn.q_proj.weight": (4, 4),
+        }.items()
+    },
+)
+"""What importance matrices are matched with."""
 
 Parser = Callable[[bytes], object]
 
@@ -102,6 +118,17 @@ def _gguf(data: bytes) -> object:
 
     blocks = {0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18)}
     return ggufheader.parse_header(read, len(data), blocks, "x")
+
+
+def _imatrix(data: bytes) -> object:
+    def read(offset: int, count: int) -> bytes:
+        assert 0 <= offset <= offset + count <= len(data)
+        return data[offset : offset + count]
+
+    found = imatrix.parse_imatrix(read, len(data), "x", digest_of(data))
+    with suppress(QuantmillError):
+        imatrix.moments_for(found, MATCHED)
+    return found
 
 
 def _header(data: bytes) -> object:
@@ -190,6 +217,7 @@ TARGETS: dict[str, Callable[[], Parser]] = {
     "config": lambda: _in_checkpoint("config.json"),
     "index": lambda: _in_checkpoint("model.safetensors.index.json"),
     "gguf": lambda: _gguf,
+    "imatrix": lambda: _imatrix,
     "header": lambda: _header,
     "location": lambda: _location,
     "answer": _answer,

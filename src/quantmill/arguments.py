@@ -32,6 +32,8 @@ class Method(StrEnum):
 
     RTN = "rtn"
     SEARCH = "search"
+    AWARE = "aware"
+    GPTQ = "gptq"
 
 
 class Rounding(StrEnum):
@@ -129,6 +131,19 @@ TensorOption = Annotated[
 ]
 MethodOption = Annotated[
     Method, typer.Option("--method", help="How codes and scales are chosen (docs/fidelity.md).")
+]
+CalibrationOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--calibration",
+        metavar="FILE",
+        help="Text that aware and gptq calibrate with. Without it random tokens, and for gptq also "
+        "documentation that comes with Python.",
+    ),
+]
+ImatrixOption = Annotated[
+    Path | None,
+    typer.Option("--imatrix", metavar="FILE", help="llama.cpp's importance matrix, for aware."),
 ]
 RoundingOption = Annotated[
     Rounding, typer.Option("--e8m0", help="Rounding of mxfp4 and mxfp8 scale exponents.")

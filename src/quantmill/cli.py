@@ -16,6 +16,7 @@ import typer
 from quantmill import conversation, evaluating, reporting, sharing, terminal, upkeep
 from quantmill.arguments import (
     SOURCE_HELP,
+    CalibrationOption,
     ComponentOption,
     Device,
     DeviceOption,
@@ -24,6 +25,7 @@ from quantmill.arguments import (
     ExportRequantizeOption,
     GlobalScaleOption,
     GroupOption,
+    ImatrixOption,
     JsonOption,
     LinksOption,
     LoraOption,
@@ -75,14 +77,18 @@ def _options(
     e8m0: Rounding,
     global_scale: bool,
     allow_non_finite: bool,
+    calibration: Path | None,
+    imatrix: Path | None,
 ) -> Options:
     from quantmill.planner import parse_override
     from quantmill.plans import Options
 
     overrides = tuple(parse_override(text) for text in tensor or ())
+    text, matrix = (str(path) if path else None for path in (calibration, imatrix))
     return Options(
-        overrides, profile.value, e8m0.value, global_scale, allow_non_finite, method.value
-    )
+        overrides, profile.value, e8m0.value, global_scale, allow_non_finite, method.value,
+        text, matrix,
+    )  # fmt: skip
 
 
 # -- commands --------------------------------------------------------------------------------------
@@ -103,6 +109,8 @@ def create(
     profile: ProfileOption = Profile.MLX_CPU,
     device: DeviceOption = Device.CPU,
     method: MethodOption = Method.RTN,
+    calibration: CalibrationOption = None,
+    imatrix: ImatrixOption = None,
     e8m0: RoundingOption = Rounding.CEIL,
     global_scale: GlobalScaleOption = False,
     allow_non_finite: NonFiniteOption = False,
@@ -118,7 +126,9 @@ def create(
     from quantmill import creation
 
     target = parse_model_name(name)
-    options = _options(tensor, profile, method, e8m0, global_scale, allow_non_finite)
+    options = _options(
+        tensor, profile, method, e8m0, global_scale, allow_non_finite, calibration, imatrix
+    )
     parsed, folder = _inputs(source, draft, modelfile)
     started = time.monotonic()
     with terminal.progress(not quiet and not json_output) as bar:
@@ -209,6 +219,8 @@ def plan(
     merge_lora: LoraOption = None,
     profile: ProfileOption = Profile.MLX_CPU,
     method: MethodOption = Method.RTN,
+    calibration: CalibrationOption = None,
+    imatrix: ImatrixOption = None,
     e8m0: RoundingOption = Rounding.CEIL,
     global_scale: GlobalScaleOption = False,
     allow_non_finite: NonFiniteOption = False,
@@ -219,7 +231,9 @@ def plan(
     """Show what `create` would do with every tensor of SOURCE, and write nothing."""
     from quantmill import creation, planreport
 
-    options = _options(tensor, profile, method, e8m0, global_scale, allow_non_finite)
+    options = _options(
+        tensor, profile, method, e8m0, global_scale, allow_non_finite, calibration, imatrix
+    )
     planned = creation.plan(
         source,
         quantize=quantize,

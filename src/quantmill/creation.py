@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from quantmill import mediatypes, modelconfig, pipelines, provenance, strictjson
 from quantmill.adaptersource import with_adapter
+from quantmill.calibration import Calibrated, calibration_for
 from quantmill.classify import FLOAT, Kind, classify
 from quantmill.digests import Digest, digest_of
 from quantmill.drafts import Base, open_with_draft, stored_base, with_draft
 from quantmill.errors import BadRequest, BadSource, Corrupt, StoreError
-from quantmill.execute import Progress, Written, recorded_options, write_blobs
+from quantmill.execute import Progress, Written, recorded, write_blobs
 from quantmill.manifest import BlobRef, manifest_bytes, parse_manifest
 from quantmill.modelfile import Modelfile, decode_modelfile, parse_modelfile
 from quantmill.names import ModelName, as_name
@@ -23,7 +25,7 @@ from quantmill.opening import Report, locate, open_source
 from quantmill.pacing import pace
 from quantmill.parts import naming
 from quantmill.planner import make_plan, merge_plans, plan_part
-from quantmill.plans import Options, Plan
+from quantmill.plans import CALIBRATED, IMATRIX, Options, Plan
 from quantmill.recipes import Recipe, Request
 from quantmill.source import ADAPTER, CONFIG, DRAFT, MODEL, MODEL_INDEX, OpenSource, Source
 from quantmill.space import require_space
@@ -38,6 +40,8 @@ class Created:
 
     `new_blobs` were not in the store before; `resumed` were there and known from an earlier run.
     `base` is the stored model that a draft model was added to; the plan is then the draft's alone.
+    `unmeasured` are tensors that a calibration said nothing of, `unused` what an imatrix says of
+    others.
     """
 
     name: ModelName
@@ -49,6 +53,8 @@ class Created:
     size: int
     non_finite: tuple[tuple[str, int], ...]
     base: ModelName | None = None
+    unmeasured: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
 
 
 def plan(
@@ -80,7 +86,8 @@ def plan(
 
 def plan_for(source: Source, request: Request, options: Options | None = None) -> Plan:
     """The plan for a source whose headers are read already; each part is planned by itself."""
-    return with_methods(_plan_for(source, request, options), source)
+    found = with_methods(_plan_for(source, request, options), source)
+    return replace(found, calibration=calibration_for(found.options))
 
 
 def _plan_for(source: Source, request: Request, options: Options | None) -> Plan:
@@ -161,17 +168,29 @@ def create(
     with opened(recipe, base, fetching) as checkpoint:
         found = checkpoint.source
         decided = plan_for(found, request, options)
+        _check_memory(decided, memory)
         chosen = pace(decided, found.tensors, workers, memory)
-        additions = small_blobs(checkpoint, decided, modelfile, base)
         run = partial(write_blobs, pace=chosen, restart=restart, progress=progress)
-        with store.writing():
+        with calibrating(decided, recipe, checkpoint) as calibrated, store.writing():
+            decided = calibrated.plan
+            additions = small_blobs(checkpoint, decided, modelfile, base)
+            run = partial(run, decided, checkpoint, store, stages=calibrated.stages)
             require_space(store, decided, checkpoint, sum(len(data) for *_, data in additions))
-            written, small = _write_all(store, additions, partial(run, decided, checkpoint, store))
+            written, small = _write_all(store, additions, run)
             refs = [*written.refs, *small[1:]]
             entries = _entries(base, refs) if draft else refs
             raw = _publish(store, target, small[0], entries, base)
             provenance.note_recipe(store, digest_of(raw), recipe)
-    return _created(store, target, decided, raw, written, base)
+    made = _created(store, target, decided, raw, written, base)
+    return replace(made, unused=calibrated.unused)
+
+
+def _check_memory(decided: Plan, memory: int | None) -> None:
+    if memory is not None and decided.calibration and decided.calibration.kind != IMATRIX:
+        raise BadRequest(
+            f"--method {decided.options.method} runs the model, whose memory is not budgeted",
+            hint="leave out --memory, or use --method search or --imatrix, which run nothing",
+        )
 
 
 def _write_all(
@@ -202,8 +221,32 @@ def _created(
     return Created(
         store.spelling(target), manifest.digest, decided, len(manifest.blobs), written.new_blobs,
         written.resumed, manifest.total_size, tuple(written.non_finite.items()),
-        base.name if base else None,
+        base.name if base else None, written.unmeasured,
     )  # fmt: skip
+
+
+@contextmanager
+def calibrating(decided: Plan, recipe: Recipe, checkpoint: OpenSource) -> Iterator[Calibrated]:
+    """The plan with its calibration known whole, and what gives it; nothing for other methods.
+
+    Raises BadPlan for models without a forward pass, and what `calibrating.calibrated` does.
+    """
+    if decided.calibration is None or not any(t.method in CALIBRATED for t in decided.tensors):
+        yield Calibrated(replace(decided, calibration=None))
+        return
+    from quantmill import blas
+
+    blas.preload()  # before anything loads MLX
+    from quantmill.calibrating import calibrated
+    from quantmill.unquantized import unquantized
+
+    place, options = locate(recipe.source), recipe.options
+
+    def stored(own: Store) -> ModelName:
+        return create("reference", place, store=own, merge_lora=recipe.merge_lora).name
+
+    with unquantized(place, checkpoint.source, stored) as model:
+        yield calibrated(decided, checkpoint, model, options.calibration or options.imatrix)
 
 
 def stored_base_of(store: Store, recipe: Recipe) -> Base | None:
@@ -271,14 +314,14 @@ def _config(decided: Plan, source: Source, modelfile: Modelfile | None, base: Ba
     stored = dict(base.config) if base else {}
     how = modelconfig.serving_of(stored, modelfile) if base else _serving(source, modelfile)
     own = stored.get("quantmill")
-    recorded = (own if isinstance(own, dict) else {}) | recorded_options(decided.options)
+    said = (own if isinstance(own, dict) else {}) | recorded(decided)
     draft = source.draft
     # a stored base keeps its own; the plan is then the draft's
     config = modelconfig.model_config(
         decided.format.name if decided.format and not base else "",
         how,
         draft=modelconfig.draft_record(draft.source.texts.get(CONFIG)) if draft else None,
-        base=stored | ({"quantmill": recorded} if recorded else {}),
+        base=stored | ({"quantmill": said} if said else {}),
     )
     return modelconfig.config_json(config)
 

@@ -5,36 +5,36 @@ from __future__ import annotations
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from queue import SimpleQueue
 from typing import TypeVar
 
 from quantmill import mediatypes
 from quantmill.blobwriter import BlobWriter, Pending
+from quantmill.calibration import Stages
+from quantmill.digests import Digest
+from quantmill.encoding import Statistics, encoded, method_of
 from quantmill.errors import BadRequest, BadWeights
 from quantmill.formats import DTYPE_BYTES
 from quantmill.journal import Journal, Note
 from quantmill.manifest import BlobRef
-from quantmill.pacing import PIECE_BYTES, Pace
+from quantmill.pacing import Pace
+from quantmill.pieces import Pieces, source_bytes
 from quantmill.plans import (
-    CAST,
-    COPYING,
+    CALIBRATED,
     CPU_PROFILE,
-    DECODING,
     DEVICE_PROFILES,
     GPU_PROFILE,
-    RECODE,
     RTN,
-    SEARCH,
     BlobSpec,
-    Options,
     Plan,
     TensorSpec,
 )
 from quantmill.quantize import Arithmetic, quantize, scan
-from quantmill.source import OpenSource, SourceTensor
+from quantmill.source import OpenSource
 from quantmill.store import Store
 from quantmill.weights import MAX_SCALE, Quantized
 
@@ -65,12 +65,17 @@ class Written:
     """What became of a plan's blobs, in plan order. `non_finite` counts elements per tensor.
 
     `new_blobs` were not in the store; `resumed` were, and were known from an earlier run's notes.
+    `unmeasured` are tensors of a calibrated method that the pass of the model gave nothing.
     """
 
     refs: tuple[BlobRef, ...]
     new_blobs: int
     resumed: int
     non_finite: Mapping[str, int]
+    unmeasured: tuple[str, ...] = ()
+
+
+_T = TypeVar("_T")
 
 
 class Cancelled(Exception):
@@ -104,6 +109,9 @@ class _Job:
     pending: set[Pending] = field(default_factory=set)  # whole files without a name yet
     tensors: int = 0
     bytes: int = 0
+    unmeasured: set[str] = field(default_factory=set)
+    spoiled: set[str] = field(default_factory=set)  # calibrated blobs that were noted and are gone
+    refreshed: float = field(default_factory=time.monotonic)
 
     def advance(self, blob: str, nbytes: int, tensors: int = 0) -> None:
         if self.cancelled.is_set():
@@ -116,6 +124,16 @@ class _Job:
                     Progress(self.tensors, self.tensors_total, self.bytes, self.bytes_total, blob)
                 )
 
+    def passed(self, done: int, total: int) -> None:
+        """Tell of blocks of the model that a calibration has passed."""
+        self.advance(f"calibrating, {done} of {total} blocks", 0)
+
+    def refresh(self, digests: Iterable[Digest]) -> None:
+        """Set the times of blobs that no manifest names yet, now and then."""
+        if time.monotonic() - self.refreshed > REFRESH_SECONDS:
+            self.store.refresh(digests)
+            self.refreshed = time.monotonic()
+
 
 def write_blobs(
     plan: Plan,
@@ -123,6 +141,7 @@ def write_blobs(
     store: Store,
     *,
     pace: Pace,
+    stages: Stages | None = None,
     restart: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> Written:
@@ -131,34 +150,25 @@ def write_blobs(
     Bytes do not depend on `pace`. Blobs that an earlier run finished are read and checked, and not
     computed again, unless `restart` says so. On any error, interruption included, unfinished files
     are removed; blobs named by then stay, referenced by nothing, for a later run or for prune.
+    Blobs of a calibrated method come last, as `stages` give what they are calibrated with.
     """
     journal = Journal(store, plan, checkpoint)
     if restart:
         journal.forget()
     job = _Job(
         plan, checkpoint, store, journal, _arithmetic(plan.options.profile), pace.piece_bytes,
-        progress, len(plan.tensors), sum(_read_bytes(spec, checkpoint) for spec in plan.tensors),
+        progress, len(plan.tensors), sum(source_bytes(spec, checkpoint) for spec in plan.tensors),
     )  # fmt: skip
     done: dict[str, _Done] = {}
-    new, refreshed = 0, time.monotonic()
-    finished: SimpleQueue[Future[_Done]] = SimpleQueue()
+    new = 0
     with ThreadPoolExecutor(pace.workers, thread_name_prefix="quantmill") as pool:
         try:
-            # The largest first: no thread is left alone with one at the end.
-            for blob in sorted(plan.blobs, key=lambda blob: -blob.size):
-                pool.submit(_finish_blob, job, blob).add_done_callback(finished.put)
-            while len(done) < len(plan.blobs):
-                # While these are synced and named the threads go on: what they finish meanwhile is
-                # the next batch.
-                futures = _all_of(finished)
-                batch = [future.result() for future in futures if not future.exception()]
-                new += _commit(job, batch)
-                done |= {one.blob.name: one for one in batch}
-                if time.monotonic() - refreshed > REFRESH_SECONDS:
-                    store.refresh(one.note.digest for one in done.values())
-                    refreshed = time.monotonic()
-                for future in futures:
-                    future.result()  # what went wrong, once the others are safe
+            for blobs, statistics in _staged(job, stages):
+                tasks = partial(_finish_blob, job, statistics=statistics)
+                for batch in _finished(pool, tasks, blobs):
+                    new += _commit(job, batch)
+                    done |= {one.blob.name: one for one in batch}
+                    job.refresh(one.note.digest for one in done.values())
         finally:
             job.cancelled.set()
             pool.shutdown(wait=True, cancel_futures=True)
@@ -170,10 +180,49 @@ def write_blobs(
         BlobRef(mediatypes.TENSOR, one.note.digest, one.note.size, one.blob.name) for one in ordered
     )
     resumed = sum(one.pending is None for one in ordered)
-    return Written(refs, new, resumed, dict(sorted(counts.items())))
+    return Written(refs, new, resumed, dict(sorted(counts.items())), tuple(sorted(job.unmeasured)))
 
 
-def _all_of(queue: SimpleQueue[Future[_Done]]) -> list[Future[_Done]]:
+def _staged(
+    job: _Job, stages: Stages | None
+) -> Iterator[tuple[Sequence[BlobSpec], Statistics | None]]:
+    """Blobs that can be written, and with what; what needs no calibration first."""
+    calibrated = [
+        blob for blob in job.plan.blobs if any(t.method in CALIBRATED for t in blob.tensors)
+    ]
+    left = [blob for blob in calibrated if not job.journal.noted(job.journal.key(blob))]
+    yield [blob for blob in job.plan.blobs if blob not in left], None
+    again = [blob for blob in calibrated if blob.name in job.spoiled]
+    if not left and not again:
+        return
+    if stages is None:
+        raise BadRequest(f"the method {job.plan.options.method} needs a calibration")
+    for stage in stages([*left, *again], job.passed):
+        yield stage.blobs, stage.statistics
+
+
+def _finished(
+    pool: ThreadPoolExecutor, finish: Callable[[BlobSpec], _Done | None], blobs: Sequence[BlobSpec]
+) -> Iterator[list[_Done]]:
+    """Blobs as they get finished, some at a time; raises what went wrong after the others.
+
+    While a batch is synced and named the threads go on: what they finish meanwhile is the next.
+    """
+    queue: SimpleQueue[Future[_Done | None]] = SimpleQueue()
+    # The largest first: no thread is left alone with one at the end.
+    for blob in sorted(blobs, key=lambda blob: -blob.size):
+        pool.submit(finish, blob).add_done_callback(queue.put)
+    left = len(blobs)
+    while left:
+        futures = _all_of(queue)
+        left -= len(futures)
+        found = [future.result() for future in futures if not future.exception()]
+        yield [one for one in found if one is not None]
+        for future in futures:
+            future.result()  # what went wrong, once the others are safe
+
+
+def _all_of(queue: SimpleQueue[_T]) -> list[_T]:
     """Everything in the queue; waits for the first."""
     found = [queue.get()]
     while not queue.empty():
@@ -208,29 +257,30 @@ def _arithmetic(profile: str) -> Arithmetic:
     raise BadRequest(f"unknown rounding profile {profile!r}", hint="choose mlx-cpu or gpu")
 
 
-def _read_bytes(spec: TensorSpec, checkpoint: OpenSource) -> int:
-    """Bytes of source data that writing the tensor takes."""
-    return sum(checkpoint.source.tensors[name].nbytes for name in spec.reads)
-
-
-def _finish_blob(job: _Job, blob: BlobSpec) -> _Done:
+def _finish_blob(job: _Job, blob: BlobSpec, statistics: Statistics | None) -> _Done | None:
+    """Write a blob, or find it whole; None where it is not and its calibration is still to come."""
     key = job.journal.key(blob)
     note = job.journal.find(key, blob)
     if note is None:
-        return _write_blob(job, blob, key)
+        if statistics is None and any(spec.method in CALIBRATED for spec in blob.tensors):
+            job.spoiled.add(blob.name)
+            return None
+        return _write_blob(job, blob, key, statistics)
     tensors = job.checkpoint.source.tensors
     nbytes = sum(tensors[name].nbytes for spec in blob.tensors for name in spec.sources)
     job.advance(blob.name, nbytes, tensors=len(blob.tensors))
     return _Done(blob, note, None)
 
 
-def _write_blob(job: _Job, blob: BlobSpec, key: str) -> _Done:
+def _write_blob(job: _Job, blob: BlobSpec, key: str, statistics: Statistics | None) -> _Done:
     non_finite: dict[str, int] = {}
     with job.store.new_blob() as writer:
         writer.write(blob.header)
         for spec in blob.tensors:
+            if spec.method in CALIBRATED and method_of(spec, statistics) != spec.method:
+                job.unmeasured.add(spec.name)
             try:
-                count = _write_tensor(job, blob, spec, writer)
+                count = _write_tensor(job, blob, spec, writer, statistics)
             except BadWeights as error:
                 raise BadWeights(
                     f"tensor {spec.name!r}: {error.message}", kind=error.kind, hint=error.hint
@@ -244,17 +294,21 @@ def _write_blob(job: _Job, blob: BlobSpec, key: str) -> _Done:
     return _Done(blob, Note(key, pending.digest, pending.size, non_finite), pending)
 
 
-def _write_tensor(job: _Job, blob: BlobSpec, spec: TensorSpec, writer: BlobWriter) -> int:
+def _write_tensor(
+    job: _Job, blob: BlobSpec, spec: TensorSpec, writer: BlobWriter, statistics: Statistics | None
+) -> int:
     """Write one tensor and what belongs to it; the count of NaN and infinities quantized."""
+    pieces = Pieces(job.checkpoint, job.piece_bytes, partial(job.advance, blob.name))
     if spec.format is None:
-        for piece in _pieces(job, blob, spec):
+        for piece in pieces.of(spec):
             writer.write(piece)
         return 0
     maximum = _maximum(job, spec) if spec.global_scale else None
-    rounding, non_finite = job.plan.options.rounding, 0
+    rounded = partial(_rounded, job, spec, maximum)
+    non_finite = 0
     tails = [_Tail(writer, size) for size in _tail_sizes(spec)]
     codes_left = spec.elements * spec.format.bits // 8
-    for found in _quantized(job, blob, spec, rounding, maximum):
+    for found in encoded(spec, pieces, rounded, statistics):
         non_finite += _allowed(job, spec, found)
         writer.write(found.weight)
         codes_left -= found.weight.nbytes
@@ -270,48 +324,10 @@ def _write_tensor(job: _Job, blob: BlobSpec, spec: TensorSpec, writer: BlobWrite
     return non_finite
 
 
-def _quantized(
-    job: _Job, blob: BlobSpec, spec: TensorSpec, rounding: str, maximum: float | None
-) -> Iterator[Quantized]:
-    """The spec's data quantized piece by piece, or in the codes that it has."""
+def _rounded(job: _Job, spec: TensorSpec, maximum: float | None, piece: memoryview) -> Quantized:
     assert spec.format is not None
-    if spec.transform == RECODE:
-        from quantmill.coding import recoded
-
-        sources = [job.checkpoint.source.tensors[name] for name in spec.sources]
-        pieces = recoded(spec, sources, job.checkpoint.read_into, job.piece_bytes)
-        yield from _counted(job, blob, spec, pieces)
-        return
-    if spec.method == SEARCH:
-        yield from _searched(job, blob, spec)
-        return
-    for piece in _pieces(job, blob, spec):
-        yield job.arithmetic(piece, spec.dtype, spec.format, rounding=rounding, maximum=maximum)
-
-
-def _searched(job: _Job, blob: BlobSpec, spec: TensorSpec) -> Iterator[Quantized]:
-    """The pieces by a search; each matrix of a stack has its columns weighed by itself."""
-    from quantmill.importance import importance
-    from quantmill.searching import search
-
-    assert spec.format is not None
-    columns = spec.shape[-1]
-    matrix = columns * (spec.shape[-2] if len(spec.shape) > 1 else 1)
-    at, member, weights = 0, -1, None
-    width = DTYPE_BYTES[spec.dtype]
-    for piece in _pieces(job, blob, spec):
-        done, count = 0, piece.nbytes // width
-        while done < count:
-            current, inside = divmod(at + done, matrix)
-            if current != member or weights is None:
-                member = current
-                weighting = spec.weightings[member] if spec.weightings else None
-                weights = importance(weighting, columns, job.checkpoint)
-            end = min(count, done + matrix - inside)
-            part = piece[done * width : end * width]
-            yield search(part, spec.dtype, spec.format, weights.data, inside % columns)
-            done = end
-        at += count
+    rounding = job.plan.options.rounding
+    return job.arithmetic(piece, spec.dtype, spec.format, rounding=rounding, maximum=maximum)
 
 
 def _tail_sizes(spec: TensorSpec) -> list[int]:
@@ -371,7 +387,7 @@ def _maximum(job: _Job, spec: TensorSpec) -> float:
     A tensor of nothing but zeros, or nearly, gets the maximum that makes the global scale 1.
     """
     found = 0.0
-    for piece in _pieces(job, None, spec):
+    for piece in Pieces(job.checkpoint, job.piece_bytes).of(spec):
         non_finite, largest = scan(piece, spec.dtype)
         if non_finite:
             raise BadWeights("a global scale needs finite values")
@@ -379,84 +395,9 @@ def _maximum(job: _Job, spec: TensorSpec) -> float:
     return found if found > SMALLEST_MAXIMUM else MAX_SCALE
 
 
-def _pieces(job: _Job, blob: BlobSpec | None, spec: TensorSpec) -> Iterator[memoryview]:
-    """The spec's data in pieces, valid until the next one is asked for, adapters' changes added."""
-    yield from _merged(job, spec, _own_pieces(job, blob, spec))
-    if blob is not None:
-        own = sum(job.checkpoint.source.tensors[name].nbytes for name in spec.sources)
-        job.advance(blob.name, _read_bytes(spec, job.checkpoint) - own)
-
-
-def _merged(job: _Job, spec: TensorSpec, pieces: Iterator[memoryview]) -> Iterator[memoryview]:
-    if not any(spec.added):
-        return pieces
-    from quantmill.merging import merged
-
-    return merged(spec, pieces, job.checkpoint.source.tensors, job.checkpoint.read_into)
-
-
-def _own_pieces(job: _Job, blob: BlobSpec | None, spec: TensorSpec) -> Iterator[memoryview]:
-    """What the source holds. A piece never spans two sources; all but a source's last hold whole
-    groups.
-    """
-    tensors = job.checkpoint.source.tensors
-    if spec.transform in DECODING:
-        from quantmill.coding import numbers
-
-        sources = [tensors[name] for name in spec.sources]
-        pieces = numbers(spec, sources, job.checkpoint.read_into, job.piece_bytes)
-        yield from _counted(job, blob, spec, pieces)
-        return
-    nbytes = job.piece_bytes if spec.format else PIECE_BYTES
-    largest = max(tensors[name].nbytes for name in spec.sources)
-    buffer = memoryview(bytearray(min(nbytes, largest)))
-    for name in spec.sources:
-        for piece in _source_pieces(job, blob, tensors[name], buffer, spec.transform == CAST):
-            yield piece if spec.transform in COPYING | {CAST} else _changed(spec, piece)
-
-
-_T = TypeVar("_T")
-
-
-def _counted(
-    job: _Job, blob: BlobSpec | None, spec: TensorSpec, pieces: Iterator[_T]
-) -> Iterator[_T]:
-    """The pieces of a weight whose sources are read together; they count when all is read."""
-    yield from pieces
-    if blob is not None:
-        tensors = job.checkpoint.source.tensors
-        job.advance(blob.name, sum(tensors[name].nbytes for name in spec.sources))
-
-
-def _changed(spec: TensorSpec, piece: memoryview) -> memoryview:
-    """A global scale in the convention of the store (docs/formats.md)."""
-    from quantmill.transforms import change_global
-
-    return change_global(str(spec.transform), spec.name, piece)
-
-
-def _source_pieces(
-    job: _Job, blob: BlobSpec | None, tensor: SourceTensor, buffer: memoryview, cast: bool
-) -> Iterator[memoryview]:
-    for offset in range(0, tensor.nbytes, max(1, buffer.nbytes)):
-        piece = buffer[: min(buffer.nbytes, tensor.nbytes - offset)]
-        job.checkpoint.read_into(tensor, offset, piece)
-        yield _cast(piece, tensor.dtype) if cast else piece
-        if blob is not None:
-            job.advance(blob.name, piece.nbytes)
-
-
-def _cast(piece: memoryview, dtype: str) -> memoryview:
-    """Elements of another floating-point dtype as BF16."""
-    import numpy as np
-
-    from quantmill.elements import to_bf16
-
-    return to_bf16(np.frombuffer(piece, np.uint8), dtype).data
-
-
-def recorded_options(options: Options) -> dict[str, object]:
+def recorded(plan: Plan) -> dict[str, object]:
     """What a stored model says about options that change bytes; {} for the defaults."""
+    options = plan.options
     found: dict[str, object] = {}
     if options.profile != CPU_PROFILE:
         found["profile"] = options.profile
@@ -466,4 +407,8 @@ def recorded_options(options: Options) -> dict[str, object]:
         found["allow_non_finite"] = True
     if options.method != RTN:
         found["method"] = options.method
+    if plan.calibration is not None:
+        found["calibration"] = {
+            k: v for k, v in asdict(plan.calibration).items() if v not in ("", 0)
+        }
     return found

@@ -7,10 +7,10 @@ one without a row here is refused, even where the library knows its names.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from quantmill.errors import BadSource
+from quantmill.errors import BadRequest, BadSource
 
 EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
 
@@ -99,6 +99,15 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 """Tensors whose content belongs into config.json."""
 
+# Types of checkpoints that converters give another's name to, and the modules only these have.
+_CONVERTED_AS: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "mistral": ("llama", ()),
+    "mixtral": (
+        "llama",
+        ("block_sparse_moe.gate", *(f"block_sparse_moe.experts.w{n}" for n in (1, 2, 3))),
+    ),
+}
+
 _PERMUTED = ("self_attn.q_proj", "self_attn.k_proj")
 _EXPERT = "mlp.experts."
 
@@ -140,14 +149,51 @@ def architecture_of(name: object, file: str) -> Architecture:
 
 def module_names(gguf_name: str, layers: int) -> dict[str, str]:
     """GGUF module name → the module's name in transformers, both without `.weight`."""
-    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+    own = ARCHITECTURES[gguf_name].modules
+    modules = [*_EDGES, *(f"model.layers.{n}.{m}" for n in range(layers) for m in own)]
+    return {theirs: ours for ours, theirs in _gguf_names(gguf_name, layers, modules).items()}
 
-    row = ARCHITECTURES[gguf_name]
+
+def imatrix_modules(model_type: object, file: str) -> dict[str, str]:
+    """The module's name in transformers → its GGUF name, of the first layer and of the edges.
+
+    `model_type` is what config.json says. Raises BadSource, naming `file`, for a type of which
+    there are no GGUF files that are understood, BadRequest without the gguf library.
+    """
+    types = {
+        **{row.model_type: (name, ()) for name, row in ARCHITECTURES.items()},
+        **_CONVERTED_AS,
+    }
+    if not isinstance(model_type, str) or model_type not in types:
+        raise BadSource(
+            f"{file}: its names cannot be matched with a model of type {model_type!r}",
+            kind="unsupported_gguf_architecture",
+            hint=f"understood are {', '.join(types)}",
+        )
+    gguf_name, more = types[model_type]
+    own = (*ARCHITECTURES[gguf_name].modules, *more)
+    return _gguf_names(gguf_name, 1, [*_EDGES, *(f"model.layers.0.{m}" for m in own)])
+
+
+def _gguf_names(gguf_name: str, layers: int, modules: Iterable[str]) -> dict[str, str]:
+    """The module's name in transformers → its GGUF name, of those that the architecture has."""
+    try:
+        from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+    except ImportError:
+        raise no_library() from None
     arch = next(key for key, value in MODEL_ARCH_NAMES.items() if value == gguf_name)
     known = get_tensor_name_map(arch, layers)
-    modules = [*_EDGES, *(f"model.layers.{n}.{m}" for n in range(layers) for m in row.modules)]
-    pairs = ((known.get_name(module), module) for module in modules)
-    return {ours: module for ours, module in pairs if ours is not None}
+    pairs = ((module, known.get_name(module)) for module in modules)
+    return {ours: theirs for ours, theirs in pairs if theirs is not None}
+
+
+def no_library() -> BadRequest:
+    """What is said where the gguf library is needed and not installed."""
+    return BadRequest(
+        "GGUF files need the gguf library",
+        kind="missing_extra",
+        hint="pip install 'quantmill[gguf]'",
+    )
 
 
 def name_tensors(

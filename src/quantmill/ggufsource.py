@@ -21,12 +21,12 @@ import numpy as np
 
 from quantmill import mediatypes
 from quantmill.elements import Bytes, Floats, from_float32, to_float32
-from quantmill.errors import BadRequest, BadSource
+from quantmill.errors import BadSource
 from quantmill.formats import DTYPE_BYTES
 from quantmill.ggufcodes import EXACT
 from quantmill.ggufconfig import Metadata, heads_of, rebuild_config, rebuild_generation_config
 from quantmill.ggufheader import Blocks, GgufTensor, bad_gguf, join_parts, parse_header
-from quantmill.ggufnames import EMBEDDING, ROPE_FACTORS, Naming, name_tensors
+from quantmill.ggufnames import EMBEDDING, ROPE_FACTORS, Naming, name_tensors, no_library
 from quantmill.gguftokenizer import rebuild_tokenizer
 from quantmill.openfile import OpenFile
 from quantmill.source import (
@@ -384,11 +384,7 @@ def _library() -> _Library:
     try:
         from gguf import GGML_QUANT_SIZES, quants
     except ImportError:
-        raise BadRequest(
-            "GGUF files need the gguf library",
-            kind="missing_extra",
-            hint="pip install 'quantmill[gguf]'",
-        ) from None
+        raise no_library() from None
     blocks = {int(kind): (kind.name, *sizes) for kind, sizes in GGML_QUANT_SIZES.items()}
     numbers = {kind.name: kind for kind in GGML_QUANT_SIZES}
     return _Library(blocks, numbers, quants.dequantize)

@@ -41,12 +41,19 @@ def importance(weighting: Weighting | None, columns: int, checkpoint: OpenSource
     if weighting.repeats > 1:
         blocks = found.reshape(-1, 1, weighting.head)
         found = np.repeat(blocks, weighting.repeats, axis=1).reshape(-1)
+    return scaled(found) if found.shape == (columns,) else equal
+
+
+def scaled(found: Doubles) -> Floats:
+    """The same importance as float32 [columns], the largest in [1, 2); equal where it is no such.
+
+    A power of two changes no digit of any number.
+    """
     largest = float(np.max(found, initial=0.0))
-    if found.shape != (columns,) or not 0 < largest < math.inf:
-        return equal
-    # a power of two changes no digit of any number
-    scaled: Floats = np.ldexp(found, 1 - math.frexp(largest)[1]).astype(np.float32)
-    return scaled
+    if not 0 < largest < math.inf:
+        return np.ones(found.shape, np.float32)
+    made: Floats = np.ldexp(found, 1 - math.frexp(largest)[1]).astype(np.float32)
+    return made
 
 
 def _energies(tensor: SourceTensor, squares: Doubles, checkpoint: OpenSource) -> Doubles:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from quantmill import strictjson
 from quantmill.digests import Digest, digest_of, parse_digest
 from quantmill.errors import BadName, StoreError
-from quantmill.plans import BlobSpec, Plan
+from quantmill.plans import CALIBRATED, BlobSpec, Plan
 from quantmill.source import OpenSource
 from quantmill.store import Store
 
@@ -48,7 +48,9 @@ class Journal:
             self._source.identity(tensors[n]) for t in blob.tensors for n in (*t.reads, *t.depends)
         ]
         options = self._plan.options
-        how = (options.profile, options.rounding, options.allow_non_finite)
+        how: tuple[object, ...] = (options.profile, options.rounding, options.allow_non_finite)
+        if any(spec.method in CALIBRATED for spec in blob.tensors):
+            how = (*how, self._plan.calibration)
         return digest_of(repr((_LAYOUT, self._plan.version, how, blob, files)).encode()).hex
 
     def noted(self, key: str) -> Note | None:

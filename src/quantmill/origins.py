@@ -65,7 +65,8 @@ def _plan_again(store: Store, manifest: Manifest, recipe: Recipe) -> tuple[Plan 
 
 def _missing(store: Store, recipe: Recipe) -> str | None:
     """The first place that a recipe names and that is not there."""
-    for place in (recipe.source, recipe.draft, recipe.merge_lora):
+    files = recipe.options.calibration, recipe.options.imatrix
+    for place in (recipe.source, recipe.draft, recipe.merge_lora, *files):
         if place is None or os.path.exists(place):
             continue
         if place == recipe.source and recipe.draft and stored_base(store, place):
@@ -86,6 +87,8 @@ def option_words(recipe: Recipe) -> tuple[str, ...]:
         "--merge-lora": recipe.merge_lora,
         "--profile": options.profile if options.profile != CPU_PROFILE else None,
         "--method": options.method if options.method != Options().method else None,
+        "--calibration": options.calibration,
+        "--imatrix": options.imatrix,
         "--e8m0": options.rounding if options.rounding != Options().rounding else None,
     }
     words = [f"{option} {value}" for option, value in given.items() if value is not None]

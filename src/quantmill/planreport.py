@@ -6,12 +6,12 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from quantmill.plans import CODES, RECODE, RTN, ZERO
+from quantmill.plans import CODES, IMATRIX, MIXED, RANDOM, RECODE, RTN, TEXT, ZERO
 from quantmill.report import Row, bytes_text, format_json, plural, shape_text
 
 if TYPE_CHECKING:
     from quantmill.creation import Created
-    from quantmill.plans import Plan, TensorSpec
+    from quantmill.plans import Calibration, Plan, TensorSpec
 
 # -- plan ------------------------------------------------------------------------------------------
 
@@ -103,11 +103,27 @@ def _method(plan: Plan) -> str:
     """What the method is, and how many tensors it is used for and weighs."""
     quantized = [spec for spec in plan.tensors if spec.format]
     used = [spec for spec in quantized if spec.method != RTN]
-    weighed = sum(bool(spec.weightings) for spec in used)
-    return (
-        f"{plan.options.method} for {len(used)} of {plural(len(quantized), 'quantized tensor')}, "
-        f"columns weighed in {weighed}"
-    )
+    what = f"{plan.options.method} for {len(used)} of {plural(len(quantized), 'quantized tensor')}"
+    if plan.calibration is not None:
+        return f"{what}, {_evidence(plan.calibration)}"
+    return f"{what}, columns weighed in {sum(bool(spec.weightings) for spec in used)}"
+
+
+def _evidence(found: Calibration) -> str:
+    """What a model is calibrated with."""
+    if found.kind == IMATRIX:
+        return f"weighed by {found.file}"
+    each = f"{found.windows} x {found.length}"
+    texts = [found.file] if found.file else []
+    parts = {
+        RANDOM: [f"{each} random tokens (seed {found.seed})"],
+        TEXT: [f"up to {each} tokens of {name}" for name in texts],
+        MIXED: [
+            f"{each} random tokens (seed {found.seed})",
+            *(f"{each} tokens of {name}" for name in ["Python's documentation", *texts]),
+        ],
+    }
+    return f"calibrated with {', '.join(parts[found.kind])}"
 
 
 def scheme_lines(plan: Plan) -> list[str]:
@@ -162,6 +178,9 @@ def created_json(created: Created, ignored: Sequence[str] = ()) -> dict[str, Any
         "new_blobs": created.new_blobs,
         "resumed": created.resumed,
         "profile": plan.options.profile,
+        "method": plan.options.method,
+        "unmeasured": list(created.unmeasured),
+        "unused": list(created.unused),
         "tensors": len(plan.tensors),
         "source_bytes": plan.source_bytes,
         "stored_bytes": plan.blob_bytes,
@@ -202,6 +221,16 @@ def created_warnings(created: Created) -> list[str]:
         for name, count in created.non_finite
     ]
     plan = created.plan
+    lines += [
+        f"tensor {name!r} was given nothing in the calibration: its columns are weighed by norms, "
+        "or it is rounded"
+        for name in created.unmeasured
+    ]
+    if created.unused:
+        lines.append(
+            f"the imatrix says of {plural(len(created.unused), 'other weight')} too, the first "
+            f"being {created.unused[0]!r}: these are not of this model"
+        )
     if any(s.is_decoded for s in plan.tensors):
         lines += scheme_lines(plan)
     lines += _dropped_lines(plan)

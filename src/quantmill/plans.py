@@ -32,9 +32,16 @@ DECODING = frozenset({DECODE_FP8, DECODE_STACK_FP8, DECODE})
 """Transforms that turn codes into numbers, as the spec's `coding` says."""
 
 
-RTN, SEARCH = "rtn", "search"
-"""How codes and scales are chosen: rounding to nearest as MLX does it, or by a search for the least
-weighted error (docs/fidelity.md)."""
+RTN, SEARCH, AWARE, GPTQ = "rtn", "search", "aware", "gptq"
+"""How codes and scales are chosen: rounding to nearest as MLX does it; by a search for the least
+weighted error, columns weighed by norms, or by what a pass of the model gives them; with error
+feedback (docs/fidelity.md)."""
+
+CALIBRATED = frozenset({AWARE, GPTQ})
+"""Methods that need to know what the layers of the model are given."""
+
+# What they are calibrated with.
+RANDOM, TEXT, MIXED, IMATRIX = "random tokens", "text", "mixed", "imatrix"
 
 CEIL = "ceil"
 """How exponents of mx formats are rounded: up, or to `nearest`."""
@@ -59,7 +66,8 @@ class Options:
 
     `profile` is whose rounding is followed: `mlx-cpu`, `gpu` for that of MLX's Metal kernels in
     software, `metal` or `cuda` for that of the device that does the work. `method` is how codes and
-    scales are chosen.
+    scales are chosen; `calibration` a text and `imatrix` a file of llama.cpp's for methods that are
+    calibrated.
     """
 
     overrides: tuple[Override, ...] = ()
@@ -68,6 +76,29 @@ class Options:
     global_scale: bool = False
     allow_non_finite: bool = False
     method: str = RTN
+    calibration: str | None = None
+    imatrix: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What a calibrated method is given: a `kind` of evidence, all that bytes depend on.
+
+    `windows` of `length` tokens are taken of each part: random ones from `seed`, and texts. `file`
+    is the name of the user's file, `file_digest` that of its bytes. `version` is the method's own.
+    `source` and `tokens` are digests of the source's weights and of all windows, "" while they are
+    not known yet.
+    """
+
+    kind: str
+    version: int
+    seed: int = 0
+    windows: int = 0
+    length: int = 0
+    file: str = ""
+    file_digest: str = ""
+    source: str = ""
+    tokens: str = ""
 
 
 # What a source tensor is to a coded weight.
@@ -147,7 +178,8 @@ class TensorSpec:
     that are copied are in the format that `keeps` names, and have their scales in specs of their
     own, by `role`. `added` is what adapters add before quantization, for each member of a stack.
     With the `method` SEARCH `weightings` says for each member what weighs its columns; they all
-    count the same where there is none.
+    count the same where there is none. With AWARE and GPTQ that is for tensors that the pass of the
+    model turns out to give nothing, which are searched, or rounded where `fallback` says RTN.
     """
 
     name: str
@@ -166,6 +198,7 @@ class TensorSpec:
     added: tuple[LowRank | None, ...] = ()
     method: str = RTN
     weightings: tuple[Weighting, ...] = ()
+    fallback: str = SEARCH
 
     @property
     def depends(self) -> tuple[str, ...]:
@@ -264,6 +297,7 @@ class Plan:
     dropped: tuple[Dropped, ...]
     files: tuple[SourceFile, ...]
     source_bytes: int
+    calibration: Calibration | None = None
 
     @property
     def tensors(self) -> tuple[TensorSpec, ...]:

@@ -11,7 +11,8 @@ from dataclasses import replace
 from typing import Any
 
 from quantmill import mediatypes, provenance, strictjson
-from quantmill.creation import opened, plan_for, small_blobs, stored_base_of
+from quantmill.calibration import Calibrated
+from quantmill.creation import calibrating, opened, plan_for, small_blobs, stored_base_of
 from quantmill.digests import Digest, digest_of
 from quantmill.drafts import Base
 from quantmill.errors import BadPlan, BadRequest, QuantmillError
@@ -76,7 +77,7 @@ class FromSource:
             recipe = Recipe(self._source, Request(word), options)
             with opened(recipe, None) as checkpoint:
                 for planned in _plans(checkpoint, word, options, left):
-                    _make(store, checkpoint, planned, left)
+                    _make(store, checkpoint, planned, left, recipe)
                     left = _lacking(store, left)
                     if not left:
                         return
@@ -143,20 +144,31 @@ def _make(
     checkpoint: OpenSource,
     planned: Plan,
     wanted: Sequence[BlobRef],
-    recipe: Recipe | None = None,
+    recipe: Recipe,
     base: Base | None = None,
 ) -> None:
+    with calibrating(planned, recipe, checkpoint) as calibrated:
+        _make_calibrated(store, checkpoint, calibrated, wanted, recipe, base)
+
+
+def _make_calibrated(
+    store: Store,
+    checkpoint: OpenSource,
+    calibrated: Calibrated,
+    wanted: Sequence[BlobRef],
+    recipe: Recipe,
+    base: Base | None,
+) -> None:
+    planned = calibrated.plan
     sizes = {(ref.name, ref.size) for ref in wanted if ref.media_type == mediatypes.TENSOR}
     blobs = tuple(blob for blob in planned.blobs if (blob.name, blob.size) in sizes)
     if blobs:
         part = replace(planned, blobs=blobs)
-        write_blobs(
-            part, checkpoint, store, pace=pace(part, checkpoint.source.tensors), restart=True
-        )
+        chosen = pace(part, checkpoint.source.tensors)
+        write_blobs(part, checkpoint, store, pace=chosen, stages=calibrated.stages, restart=True)
     digests: set[Digest] = {ref.digest for ref in wanted}
     pending = []
-    modelfile = recipe.modelfile if recipe else None
-    for _, _, data in small_blobs(checkpoint, planned, modelfile, base):
+    for _, _, data in small_blobs(checkpoint, planned, recipe.modelfile, base):
         if digest_of(data) in digests:
             with store.new_blob() as writer:
                 writer.write(data)

@@ -21,6 +21,9 @@ from quantmill.plans import Options, Override
 _LISTS = ("license", "ignored")
 """Fields of a Modelfile that are tuples."""
 
+_FILES = ("calibration", "imatrix")
+"""Options that name a file."""
+
 DECODED = "bf16"
 """The word that asks for decoded weights which are not quantized again."""
 
@@ -89,6 +92,7 @@ def as_record(recipe: Recipe) -> dict[str, Any]:
     """The recipe as JSON; paths are made absolute, so that it holds wherever it is read."""
     options, said = asdict(recipe.options), None
     options["overrides"] = [_rule(rule) for rule in recipe.options.overrides]
+    options |= {key: _durable(options[key]) for key in _FILES}
     if recipe.modelfile is not None:
         said = asdict(recipe.modelfile)
         said |= {key: list(said[key]) for key in _LISTS}

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
-from quantmill.classify import FLOAT, classify
 from quantmill.creation import create
 from quantmill.errors import BadName, BadPlan, NotFound
 from quantmill.load import open_model
 from quantmill.model import Model
 from quantmill.names import as_name
-from quantmill.opening import GGUF_SUFFIX, Report, locate, open_source
-from quantmill.source import Source
+from quantmill.opening import Report, locate, open_source
 from quantmill.store import Store
-
-_MLX_LM = "quantization"
-"""What the config of a directory says whose codes are MLX's own."""
+from quantmill.unquantized import unquantized
 
 
 @contextmanager
@@ -49,17 +45,14 @@ def opened(source: str | Path, store: Store, fetching: Report | None = None) -> 
                 kind="pipeline",
                 hint="`quantmill diff` compares weights tensor by tensor",
             )
-        as_it_is = _opens_as_it_is(checkpoint.source)
-    if as_it_is:
-        with open_model(place) as model:
-            yield model
-        return
-    with tempfile.TemporaryDirectory(prefix="quantmill-") as folder:
-        own = Store(folder)
-        made = create("reference", place, store=own)
-        with open_model(made.name, store=own) as model:
-            model.where = str(source)
-            yield model
+        found = checkpoint.source
+    made = partial(create, "reference", place)
+    with (
+        unquantized(place, found, lambda own: made(store=own).name) as open_it,
+        open_it() as model,
+    ):
+        model.where = str(source)
+        yield model
 
 
 def _is_stored(text: str, store: Store) -> bool:
@@ -69,9 +62,3 @@ def _is_stored(text: str, store: Store) -> bool:
     except (BadName, NotFound):
         return False
     return True
-
-
-def _opens_as_it_is(source: Source) -> bool:
-    if any(tensor.file.endswith(GGUF_SUFFIX) for tensor in source.tensors.values()):
-        return False
-    return _MLX_LM in source.config or classify(source, None).name == FLOAT

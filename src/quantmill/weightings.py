@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from quantmill.errors import BadRequest
+from quantmill.errors import BadPlan, BadRequest
 from quantmill.formats import FLOAT_DTYPES
 from quantmill.plans import (
+    CALIBRATED,
     CEIL,
     CPU_PROFILE,
     DECODING,
@@ -50,33 +51,50 @@ def with_methods(plan: Plan, source: Source) -> Plan:
 
     A tensor whose columns cannot be weighed is searched with equal weights in formats that gain by
     that, and rounded to nearest in affine formats of 4 bits and fewer, which do not. Raises
-    BadRequest for an unknown method, or beside options of another rounding.
+    BadRequest for an unknown method, or beside options of another rounding. A calibrated method
+    is for the weights of the model itself: those of a draft model are searched. Raises BadPlan for
+    a calibrated method of a pipeline.
     """
     options = plan.options
     if options.method == RTN:
         return plan
-    if options.method != SEARCH:
-        raise BadRequest(f"unknown method {options.method!r}", hint="choose rtn or search")
+    if options.method not in {SEARCH, *CALIBRATED}:
+        raise BadRequest(
+            f"unknown method {options.method!r}", hint="choose rtn, search, aware or gptq"
+        )
     if options.profile != CPU_PROFILE or options.rounding != CEIL or options.global_scale:
         raise BadRequest(
             f"the method {options.method} has a rounding of its own",
             hint="leave out --profile, --device, --e8m0 and --global-scale",
         )
-    return replace(plan, blobs=tuple(_blob(blob, source) for blob in plan.blobs))
+    if options.method in CALIBRATED and source.is_pipeline:
+        raise BadPlan(
+            f"the method {options.method} needs a forward pass, which a pipeline has none of",
+            kind="pipeline",
+            hint="--method search needs none",
+        )
+    blobs = tuple(_blob(blob, source, options.method) for blob in plan.blobs)
+    return replace(plan, blobs=blobs)
 
 
-def _blob(blob: BlobSpec, source: Source) -> BlobSpec:
-    return replace(blob, tensors=tuple(_spec(spec, source) for spec in blob.tensors))
+def _blob(blob: BlobSpec, source: Source, method: str) -> BlobSpec:
+    return replace(blob, tensors=tuple(_spec(spec, source, method) for spec in blob.tensors))
 
 
-def _spec(spec: TensorSpec, source: Source) -> TensorSpec:
+def _spec(spec: TensorSpec, source: Source, method: str) -> TensorSpec:
     fmt = spec.format
     if fmt is None or spec.transform == RECODE or spec.global_scale:
         return spec
     found = _weightings(spec, source)
-    if not found and fmt.mode == "affine" and fmt.bits <= _NARROW:
-        return spec
-    return replace(spec, method=SEARCH, weightings=found)
+    worse = not found and fmt.mode == "affine" and fmt.bits <= _NARROW
+    if method in CALIBRATED and not _is_draft(spec, source):
+        return replace(spec, method=method, weightings=found, fallback=RTN if worse else SEARCH)
+    return spec if worse else replace(spec, method=SEARCH, weightings=found)
+
+
+def _is_draft(spec: TensorSpec, source: Source) -> bool:
+    draft = source.draft
+    return draft is not None and spec.sources[0].startswith(draft.folder)
 
 
 def _weightings(spec: TensorSpec, source: Source) -> tuple[Weighting, ...]:

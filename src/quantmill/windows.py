@@ -30,11 +30,12 @@ class Text:
     python: str | None = None
 
 
-def default_text() -> Text:
+def default_text(*, calibrating: bool = False) -> Text:
     """The second half of the documentation that Python's `help` shows: it needs no download.
 
-    The topics of pydoc_data.topics in the order of their names; the first half is left to
-    calibration. It changes with Python's minor version, so that version belongs to any figure.
+    The topics of pydoc_data.topics in the order of their names; the first half is for `calibrating`
+    alone: what a model was calibrated with must not judge it. The text changes with Python's minor
+    version, so that version belongs to any figure.
     Raises BadRequest where an installation lacks it.
     """
     try:
@@ -43,10 +44,15 @@ def default_text() -> Text:
         raise BadRequest(
             f"this Python has no {_TOPICS}, the default text",
             kind="no_default_text",
-            hint="--text FILE names another",
+            hint="a Python with its whole standard library has it"
+            if calibrating
+            else "--text FILE names another",
         ) from None
     whole = "\n\n".join(topics[name] for name in sorted(topics))
-    return Text(f"{_TOPICS}, second half", whole[len(whole) // 2 :], platform.python_version())
+    middle, version = len(whole) // 2, platform.python_version()
+    if calibrating:
+        return Text(f"{_TOPICS}, first half", whole[:middle], version)
+    return Text(f"{_TOPICS}, second half", whole[middle:], version)
 
 
 def text_of(path: Path) -> Text:
