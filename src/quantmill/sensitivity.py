@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,8 +22,11 @@ from quantmill.decode import Packed, decode
 from quantmill.elements import from_float32
 from quantmill.errors import BadPlan
 from quantmill.formats import Format
+from quantmill.kernels import MLX, in_use
+from quantmill.plans import AWARE, RTN, SEARCH
 from quantmill.quantize import quantize
 from quantmill.searching import search
+from quantmill.weightings import is_worse_unweighed
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -51,13 +54,16 @@ class Subject:
     """A tensor whose format is to be chosen: its name in a plan, and what mlx-lm makes of it.
 
     `matrices` are names of mlx-lm's weights, of which each row is a row of the tensor. `dtype` is
-    that of the weights before they are quantized, and of scales.
+    that of the weights before they are quantized, and of scales. With the method SEARCH `columns`
+    is what the search counts their columns by, one for each matrix of a stack; none where that is
+    not known.
     """
 
     name: str
     matrices: tuple[str, ...]
     dtype: str
     formats: tuple[Format, ...]
+    columns: tuple[Floats, ...] = ()
 
     @property
     def probe(self) -> Format:
@@ -86,11 +92,11 @@ class Sensitivity:
 
 
 class Measuring:
-    """A model, tokens to measure with, and how weights are quantized.
+    """A model, tokens to measure with, and the method by which weights are quantized.
 
-    `moments` weigh the columns of a weight, in its error and in the search; all count the same of
-    what has none. With `searched` scales and biases are searched for by that weighted error, as
-    the methods of docs/fidelity.md do that search; otherwise weights are rounded to nearest.
+    `moments` weigh the columns of a weight in its error, and with the methods AWARE and GPTQ in
+    the search; all count the same of what has none. GPTQ is measured as AWARE: what its feedback
+    gains is gained in all formats.
     """
 
     def __init__(
@@ -100,11 +106,11 @@ class Measuring:
         subjects: Sequence[Subject],
         moments: Mapping[str, Moments],
         *,
-        searched: bool = True,
+        method: str = AWARE,
     ) -> None:
         from quantmill import mlxlm
 
-        self._model, self._windows, self._searched = model, windows, searched
+        self._model, self._windows, self._method = model, windows, method
         self._subjects = subjects
         stored = mlxlm.stored_names(model)
         self._weighing = {
@@ -139,7 +145,7 @@ class Measuring:
         """
         variants = [
             {
-                matrix: self.change(matrix, subject.dtype, fmt)
+                matrix: self.change(subject, matrix, fmt)
                 for subject in self._subjects
                 if (fmt := assigned.get(subject.name)) is not None
                 for matrix in subject.matrices
@@ -148,32 +154,55 @@ class Measuring:
         ]
         return divergences(self._model, self._windows, variants, progress=progress)
 
-    def change(self, matrix: str, dtype: str, fmt: Format) -> Change:
-        """What quantizing one of mlx-lm's matrices makes of it."""
-        weighing = self._weighing[matrix]
+    def change(self, subject: Subject, matrix: str, fmt: Format) -> Change:
+        """What quantizing one of a subject's matrices makes of it."""
 
         def change(weight: mx.array) -> mx.array:
             import mlx.core as mx
 
             values = np.asarray(weight)
-            return mx.array(np.stack(
-                [self.rounded(v, dtype, fmt, h) for v, h, _ in weighing.parts(values)]
-            ).reshape(values.shape))  # fmt: skip
+            parts = self.parts(subject, matrix, values)
+            found = [self.rounded(part, part.values, subject.dtype, fmt) for part in parts]
+            return mx.array(np.stack(found).reshape(values.shape))
 
         return change
 
-    def rounded(self, values: Floats, dtype: str, fmt: Format, importance: Floats) -> Floats:
-        """Rows [rows, columns] after quantization, decoded with scales as float32."""
+    def rounded(self, part: Part, values: Floats, dtype: str, fmt: Format) -> Floats:
+        """Rows of a part [rows, columns] after quantization, decoded with scales as float32."""
         raw = from_float32(np.ascontiguousarray(values).reshape(-1), dtype).data
-        if self._searched:
-            made = search(raw, dtype, fmt, importance.data)
-        else:
+        if part.columns is None or (part.equal and is_worse_unweighed(fmt)):
             made = quantize(raw, dtype, fmt)
+        else:
+            made = search(raw, dtype, fmt, part.columns.data)
         return _decoded(made, dtype, fmt, values.shape)
 
-    def weighing(self, matrix: str) -> _Weighing:
-        """What weighs the columns of one of mlx-lm's matrices."""
-        return self._weighing[matrix]
+    def parts(self, subject: Subject, matrix: str, values: Floats) -> list[Part]:
+        """The matrices of a weight [rows, columns] or [experts, rows, columns]."""
+        found = self._weighing[matrix].parts(values)
+        if self._method == RTN:
+            return [replace(part, columns=None) for part in found]
+        if self._method != SEARCH:
+            return found
+        own = subject.columns
+        if not own:
+            equal = np.ones(values.shape[-1], np.float32)
+            return [replace(part, columns=equal, equal=True) for part in found]
+        many = own if len(own) == len(found) else (own[0],) * len(found)
+        return [replace(p, columns=h, equal=False) for p, h in zip(found, many, strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A matrix of a weight: what its columns count in its error and, if there is one, in a search.
+
+    `equal` says that all count the same in the search, `tokens` how much the matrix counts.
+    """
+
+    values: Floats
+    moments: Floats
+    tokens: float
+    columns: Floats | None
+    equal: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,17 +235,17 @@ class _Weighing:
         values = np.where((tokens < _FEWEST_TOKENS)[:, None], whole, values)
         return cls(values, tokens) if np.isfinite(values).all() and whole.any() else cls(None)
 
-    def parts(self, values: Floats) -> list[tuple[Floats, Floats, float]]:
-        """The matrices of a weight, what their columns count, and what each matrix counts."""
+    def parts(self, values: Floats) -> list[Part]:
+        """The matrices of a weight, searched for by their moments."""
         matrices = values.reshape(-1, *values.shape[-2:])
         if self.moments is None or self.moments.shape[-1] != values.shape[-1]:
             equal = np.ones(values.shape[-1], np.float32)
-            return [(matrix, equal, 1.0) for matrix in matrices]
+            return [Part(matrix, equal, 1.0, equal, True) for matrix in matrices]
         if self.moments.ndim == 1 or self.tokens is None or len(self.tokens) != len(matrices):
             moments = self.moments if self.moments.ndim == 1 else self.moments.mean(axis=0)
-            return [(matrix, moments, 1.0) for matrix in matrices]
+            return [Part(matrix, moments, 1.0, moments) for matrix in matrices]
         return [
-            (matrix, moments, float(count))
+            Part(matrix, moments, float(count), moments)
             for matrix, moments, count in zip(matrices, self.moments, self.tokens, strict=True)
         ]
 
@@ -240,7 +269,7 @@ class _Probe:
         return {fmt: sum(one[fmt] for one in self._errors.values()) for fmt in formats}
 
     def _change(self, matrix: str) -> Change:
-        change = self._measuring.change(matrix, self.subject.dtype, self.subject.probe)
+        change = self._measuring.change(self.subject, matrix, self.subject.probe)
 
         def noted(weight: mx.array) -> mx.array:
             if matrix not in self._errors:  # a tied embedding is asked for twice
@@ -250,22 +279,27 @@ class _Probe:
         return noted
 
     def _of_formats(self, matrix: str, values: Floats) -> dict[Format, float]:
-        parts = self._measuring.weighing(matrix).parts(values)
+        parts = self._measuring.parts(self.subject, matrix, values)
         rows = -(-max(_FEWEST_ROWS, SAMPLE // values.shape[-1]) // len(parts))
-        sampled = [(_some(v, rows), h, len(v) * count) for v, h, count in parts]
+        sampled = [(part, _some(part.values, rows)) for part in parts]
 
         def error(fmt: Format) -> float:
-            return sum(self._error(v, h, fmt) * count for v, h, count in sampled)
+            return sum(
+                self._error(part, some, fmt) * len(part.values) * part.tokens
+                for part, some in sampled
+            )
 
         formats = sorted({self.subject.probe, *self.subject.formats})
+        if in_use() == MLX:
+            return {fmt: error(fmt) for fmt in formats}
         with ThreadPoolExecutor(_THREADS) as pool:  # the kernels run without Python's lock
             return dict(zip(formats, pool.map(error, formats), strict=True))
 
-    def _error(self, values: Floats, importance: Floats, fmt: Format) -> float:
+    def _error(self, part: Part, values: Floats, fmt: Format) -> float:
         """The mean of a row's weighted squared error."""
-        rounded = self._measuring.rounded(values, self.subject.dtype, fmt, importance)
+        rounded = self._measuring.rounded(part, values, self.subject.dtype, fmt)
         squares = np.square(values.astype(np.float64) - rounded)
-        return float((squares @ importance.astype(np.float64)).mean())
+        return float((squares @ part.moments.astype(np.float64)).mean())
 
 
 _THREADS = 4
