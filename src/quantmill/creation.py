@@ -177,21 +177,34 @@ def create(
     recipe = Recipe(source, request, options, modelfile, draft, merge_lora, follow_links)
     base = stored_base_of(store, recipe)
     with opened(recipe, base, fetching) as checkpoint:
-        found, recipe = checkpoint.source, resolved(recipe, checkpoint, measuring)
-        decided = plan_for(found, recipe.request, recipe.options)
+        recipe = resolved(recipe, checkpoint, measuring)
+        decided = plan_for(checkpoint.source, recipe.request, recipe.options)
         _check_memory(decided, memory)
-        chosen = pace(decided, found.tensors, workers, memory)
+        chosen = pace(decided, checkpoint.source.tensors, workers, memory)
         run = partial(write_blobs, pace=chosen, restart=restart, progress=progress)
-        with calibrating(decided, recipe, checkpoint) as calibrated, store.writing():
-            decided = calibrated.plan
-            additions = small_blobs(checkpoint, decided, modelfile, base)
-            run = partial(run, decided, checkpoint, store, stages=calibrated.stages)
-            require_space(store, decided, checkpoint, sum(len(data) for *_, data in additions))
-            written, small = _write_all(store, additions, run)
-            refs = [*written.refs, *small[1:]]
-            entries = _entries(base, refs) if draft else refs
-            raw = _publish(store, target, small[0], entries, base)
-            provenance.note_recipe(store, digest_of(raw), recipe)
+        return _made(store, target, decided, recipe, checkpoint, base, run)
+
+
+def _made(
+    store: Store,
+    target: ModelName,
+    decided: Plan,
+    recipe: Recipe,
+    checkpoint: OpenSource,
+    base: Base | None,
+    write: Callable[..., Written],
+) -> Created:
+    """Calibrate where the method asks for it, write everything, the manifest last."""
+    with calibrating(decided, recipe, checkpoint) as calibrated, store.writing():
+        decided = calibrated.plan
+        additions = small_blobs(checkpoint, decided, recipe.modelfile, base)
+        run = partial(write, decided, checkpoint, store, stages=calibrated.stages)
+        require_space(store, decided, checkpoint, sum(len(data) for *_, data in additions))
+        written, small = _write_all(store, additions, run)
+        refs = [*written.refs, *small[1:]]
+        entries = _entries(base, refs) if recipe.draft else refs
+        raw = _publish(store, target, small[0], entries, base)
+        provenance.note_recipe(store, digest_of(raw), recipe)
     made = _created(store, target, decided, raw, written, base)
     return replace(made, unused=calibrated.unused)
 
