@@ -154,6 +154,54 @@ nb::tuple search(Bytes weights, const std::string& dtype_name, const std::string
     return nb::make_tuple(outcome.non_finite, outcome.overflows);
 }
 
+using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using FloatRoom = nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+// Tiles in arrays of this size; the factors and the other tiles must fit to them.
+std::size_t tiles_in(std::size_t size, std::size_t columns, const Floats& factors,
+                     std::size_t others) {
+    require(columns != 0 && size % (columns * tile_rows) == 0, "not a whole number of tiles");
+    require(factors.size() / columns == columns && factors.size() % columns == 0,
+            "wrong number of factors");
+    require(size == others, "errors and current weights differ in number");
+    return size / (columns * tile_rows);
+}
+
+void round_columns(const std::string& stored, const std::string& mode, int bits, int group_size,
+                   std::size_t columns, std::size_t first, Floats scales, Floats biases,
+                   Floats factors, FloatRoom errors, FloatRoom current, Room codes,
+                   const std::string& implementation) {
+    const Format format = format_of(mode, bits, group_size);
+    const Implementation& with = implementation_of(implementation);
+    const std::size_t tiles = tiles_in(errors.size(), columns, factors, current.size());
+    const auto size = static_cast<std::size_t>(group_size);
+    require(columns % size == 0 && first % size == 0 && first < columns, "no group begins there");
+    require(scales.size() == tiles * tile_rows, "wrong number of scales");
+    require(biases.size() == tiles * tile_rows, "wrong number of biases");
+    require(codes.size() == tiles * tile_rows * (columns / size) * code_bytes(format),
+            "wrong room for codes");
+    const RoundTask task = {dtype_of(stored), format,         tiles,
+                            columns,          first,          scales.data(),
+                            biases.data(),    factors.data(), errors.data(),
+                            current.data(),   codes.data()};
+    nb::gil_scoped_release unlocked;
+    with.round_columns(task);
+}
+
+void carry(std::size_t columns, std::size_t first, std::size_t last, std::size_t to_first,
+           std::size_t to_last, Floats factors, Floats errors, FloatRoom current,
+           const std::string& implementation) {
+    const Implementation& with = implementation_of(implementation);
+    const std::size_t tiles = tiles_in(errors.size(), columns, factors, current.size());
+    require(first <= last && last <= columns, "no such columns");
+    require(to_first <= to_last && to_last <= columns, "no such columns");
+    require((to_last - to_first) % carry_step == 0, "a number of columns that is no multiple");
+    const CarryTask task = {tiles,          columns,       first,         last, to_first, to_last,
+                            factors.data(), errors.data(), current.data()};
+    nb::gil_scoped_release unlocked;
+    with.carry(task);
+}
+
 nb::tuple scan_weights(Bytes weights, const std::string& dtype_name) {
     const Dtype dtype = dtype_of(dtype_name);
     const std::size_t count = group_count(weights.size(), dtype_bytes(dtype));
@@ -194,5 +242,12 @@ NB_MODULE(_native, module) {
                nb::arg("mode"), nb::arg("bits"), nb::arg("group_size"), nb::arg("importance"),
                nb::arg("first"), nb::arg("codes"), nb::arg("scales"), nb::arg("biases"),
                nb::arg("implementation"));
+    module.def("round_columns", round_columns, nb::arg("stored"), nb::arg("mode"), nb::arg("bits"),
+               nb::arg("group_size"), nb::arg("columns"), nb::arg("first"), nb::arg("scales"),
+               nb::arg("biases"), nb::arg("factors"), nb::arg("errors"), nb::arg("current"),
+               nb::arg("codes"), nb::arg("implementation"));
+    module.def("carry", carry, nb::arg("columns"), nb::arg("first"), nb::arg("last"),
+               nb::arg("to_first"), nb::arg("to_last"), nb::arg("factors"), nb::arg("errors"),
+               nb::arg("current"), nb::arg("implementation"));
     module.def("scan", scan_weights, nb::arg("weights"), nb::arg("dtype"));
 }

@@ -87,6 +87,37 @@ struct SearchTask {
     std::uint8_t* biases;
 };
 
+// Error feedback (docs/formats.md). Matrices lie in tiles of 64 rows, [tiles][columns][64] floats;
+// `factors` is [columns][columns]. Nothing needs to be aligned but to floats.
+constexpr std::size_t tile_rows = 64;
+
+// One group of columns, from `first` on, is rounded column by column, and its later columns take over
+// the errors. `errors` has the weights, and in these columns then what rounding took from them;
+// `current` the weights with what earlier columns gave. Scales and biases are numbers, one for each
+// row, those of affine formats numbers of `stored`. Codes of a row are packed side by side,
+// [tiles * 64][columns * bits / 8]; the others' places are left alone.
+struct RoundTask {
+    Dtype stored;
+    Format format;
+    std::size_t tiles, columns, first;
+    const float* scales;
+    const float* biases;
+    const float* factors;
+    float* errors;
+    float* current;
+    std::uint8_t* codes;
+};
+
+// Errors of columns `first` to `last`, times their factors, are added to the current weights of
+// columns `to_first` to `to_last`, of which there is a multiple of `carry_step`, in their order.
+constexpr std::size_t carry_step = 16;
+struct CarryTask {
+    std::size_t tiles, columns, first, last, to_first, to_last;
+    const float* factors;
+    const float* errors;
+    float* current;
+};
+
 // One way to compute, the same bytes as every other.
 struct Implementation {
     std::string_view name;
@@ -96,6 +127,8 @@ struct Implementation {
     void (*dequantize)(const DequantizeTask&);
     void (*decode)(const DecodeTask&);
     Outcome (*search)(const SearchTask&);
+    void (*round_columns)(const RoundTask&);
+    void (*carry)(const CarryTask&);
 };
 
 struct Implementations {

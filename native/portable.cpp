@@ -2,6 +2,7 @@
 // into vectors, which needs what a loop uses in local names: a byte that is written could be anything
 // else. Shares numbers with exact.h and nothing with vector.inl, whose oracle it is.
 
+#include "exact_feedback.h"
 #include "exact_search.h"
 #include "kernels.h"
 #include "targets.h"
@@ -311,15 +312,30 @@ Outcome search(const SearchTask& task) {
     return search_stored<F32>(task, quantize);
 }
 
+void round_columns(const RoundTask& task) { round_with<PlainColumns>(task); }
+
+void carry(const CarryTask& task) {
+    for (std::size_t tile = 0; tile < task.tiles; ++tile) {
+        const float* const errors = task.errors + tile * task.columns * tile_rows;
+        float* const current = task.current + tile * task.columns * tile_rows;
+        for (std::size_t j = task.to_first; j < task.to_last; ++j) {
+            for (std::size_t k = task.first; k < task.last; ++k) {
+                PlainColumns::add(errors + k * tile_rows, task.factors[k * task.columns + j],
+                                  current + j * tile_rows);
+            }
+        }
+    }
+}
+
 bool supported() { return true; }
 
 }  // namespace
 
 const Implementation exact_implementation = {
     "exact",    "one group at a time, as documented", supported, quantize_exactly,
-    dequantize, decode_exactly, search_exactly};
+    dequantize, decode_exactly, search_exactly, round_exactly, carry_exactly};
 const Implementation portable_implementation = {
     "portable", "plain loops, for any processor", supported, quantize, dequantize, decode,
-    search};
+    search, round_columns, carry};
 
 }  // namespace quantmill

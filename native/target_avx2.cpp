@@ -9,7 +9,7 @@
 #include <immintrin.h>
 
 #include "exact.h"
-#include "search.h"
+#include "feedback.h"
 
 namespace quantmill {
 namespace {
@@ -176,6 +176,7 @@ constexpr int search_lanes = V::lanes;
 
 #include "search.inl"
 #include "search_vector.inl"
+#include "feedback_vector.inl"
 
 bool supported() {
     __builtin_cpu_init();
@@ -188,7 +189,7 @@ bool supported() {
 
 const Implementation avx2_implementation = {
     "avx2", "vectors of 256 bits (AVX2, FMA, F16C)", supported, quantize, dequantize, decode,
-    search};
+    search, round_columns, carry};
 
 }  // namespace quantmill
 

@@ -8,7 +8,7 @@
 #include <immintrin.h>
 
 #include "exact.h"
-#include "search.h"
+#include "feedback.h"
 
 namespace quantmill {
 namespace {
@@ -258,6 +258,7 @@ constexpr int search_lanes = V::lanes;
 
 #include "search.inl"
 #include "search_vector.inl"
+#include "feedback_vector.inl"
 
 bool supported() {
     __builtin_cpu_init();
@@ -270,7 +271,7 @@ bool supported() {
 
 const Implementation avx512_implementation = {
     "avx512", "vectors of 512 bits (AVX-512 F, BW, DQ, VL)", supported, quantize, dequantize,
-    decode, search};
+    decode, search, round_columns, carry};
 
 }  // namespace quantmill
 

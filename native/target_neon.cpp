@@ -8,7 +8,7 @@
 #include <arm_neon.h>
 
 #include "exact.h"
-#include "search.h"
+#include "feedback.h"
 
 namespace quantmill {
 namespace {
@@ -190,13 +190,14 @@ constexpr int search_lanes = V::lanes;
 
 #include "search.inl"
 #include "search_vector.inl"
+#include "feedback_vector.inl"
 
 bool supported() { return true; }
 
 }  // namespace
 
 const Implementation neon_implementation = {"neon", "vectors of 128 bits (NEON)", supported,
-                                            quantize, dequantize, decode, search};
+                                            quantize, dequantize, decode, search, round_columns, carry};
 
 }  // namespace quantmill
 

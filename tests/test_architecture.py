@@ -53,6 +53,7 @@ LAYERS = [
         "coding",
         "importance",
         "gptq",
+        "feedbackarrays",
         "merging",
         "adaptersource",
         "hub",
@@ -102,6 +103,7 @@ LAYERS = [
         "generate",
         "export",
         "denseweights",
+        "cpulanes",
         "forward",
         "windows",
         "activations",
@@ -185,8 +187,8 @@ def test_what_is_stored_is_computed_in_one_module() -> None:
     """MLX's part in `create` sits behind one seam; using models needs MLX's arrays."""
     users = {m for m, tree in MODULES.items() if any(n.startswith("mlx") for n in imports(tree))}
     using_models = {"model", "layers", "mlxlm", "generate", "export", "environment"}
-    using_models |= {"denseweights", "standins", "forward", "branches", "divergence"}
-    using_models |= {"sensitivity"}
+    using_models |= {"denseweights", "standins", "forward", "cpulanes", "divergence"}
+    using_models |= {"branches", "sensitivity"}
     assert users - using_models == {"mlxquantize"}
 
 

@@ -107,7 +107,7 @@ def test_products_of_numpy_and_of_mlx_agree(name: str, monkeypatch: pytest.Monke
     model = open_model(fixture(name))
     found = []
     for numpy in (True, False):
-        monkeypatch.setattr("quantmill.standins._numpy_is_faster", lambda choice=numpy: choice)
+        monkeypatch.setattr("quantmill.cpulanes.on_cpu", lambda choice=numpy: choice)
         found.append(logits_by_blocks(model))
     assert_equal_but_for_rounding(*found)
 

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
+import ml_dtypes
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 import pytest
 
+from quantmill import kernels
+from quantmill.decode import Packed, decode
+from quantmill.elements import to_float32
 from quantmill.errors import BadRequest
+from quantmill.feedbackarrays import Tiles
 from quantmill.formats import Format, parse_format
 from quantmill.gptq import prepare, quantize_with_feedback
 from quantmill.quantize import quantize
+from quantmill.searching import choose
 
 Array = npt.NDArray[np.float32]
 FORMATS = ["int4", "int8", "affine-3", "affine-6", "nvfp4", "mxfp4", "mxfp8"]
@@ -103,3 +110,267 @@ def test_activations_that_are_not_finite_are_told(bad: float) -> None:
         prepare(gram)
     with pytest.raises(BadRequest, match="not finite"):
         prepare(-np.eye(4))
+
+
+# -- exactness -------------------------------------------------------------------------------------
+
+
+def searched(group: Array, fmt: Format, importance: Array, dtype: str) -> tuple[Any, Any]:
+    """The search's scales and biases."""
+    raw = memoryview(np.ascontiguousarray(group).tobytes())
+    scales, biases = choose(raw, fmt, memoryview(importance.tobytes()), dtype)
+    return np.asarray(scales), None if biases is None else np.asarray(biases)
+
+
+KINDS = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}
+
+
+def stored_arrays(found: Any, fmt: Format, dtype: str, rows: int) -> tuple[Any, Any, Any]:
+    """Codes in words, scales and biases, a row each."""
+    kind = KINDS[dtype] if fmt.has_bias else np.uint8
+    parts = (found.weight, np.uint32), (found.scales, kind), (found.biases, kind)
+    codes, scales, biases = (
+        None if raw is None else np.frombuffer(raw, as_).reshape(rows, -1) for raw, as_ in parts
+    )
+    return codes, scales, biases
+
+
+def values_of(found: Any, fmt: Format, dtype: str, rows: int) -> Array:
+    """What decode.py makes of it; MLX says the same."""
+    codes, scales, biases = stored_arrays(found, fmt, dtype, rows)
+    got = decode(Packed(codes, scales, biases, None, False, [dtype, dtype]), fmt)
+    assert got is not None
+    own = to_float32(np.ascontiguousarray(got.array).reshape(-1).view(np.uint8), got.dtype)
+
+    def number(array: Any) -> Any:
+        if array is None or not fmt.has_bias:
+            return None if array is None else mx.array(array)
+        return mx.array(array).view(mx.bfloat16) if dtype == "BF16" else mx.array(array)
+
+    with mx.stream(mx.cpu):
+        theirs = mx.dequantize(
+            mx.array(codes), number(scales), number(biases), fmt.group_size, fmt.bits, mode=fmt.mode
+        )
+    np.testing.assert_array_equal(own.reshape(rows, -1), np.array(theirs.astype(mx.float32)))
+    return own.reshape(rows, -1)
+
+
+def unpacked(found: Any, fmt: Format, rows: int) -> npt.NDArray[np.uint8]:
+    bits = np.unpackbits(np.frombuffer(found.weight, np.uint8), bitorder="little")
+    codes = np.packbits(bits.reshape(rows, -1, fmt.bits), axis=2, bitorder="little")
+    return codes[..., 0]
+
+
+def expected_codes(x: Array, scale: Array, bias: Array, fmt: Format) -> Any:
+    """docs/formats.md, Error feedback, for one column."""
+    with np.errstate(all="ignore"):
+        inverse = np.float32(1) / scale
+        if fmt.has_bias:
+            step = np.nan_to_num((x - bias) * inverse, posinf=np.inf, neginf=-np.inf)
+            return np.rint(np.clip(step, 0, 2**fmt.bits - 1)).astype(np.uint8)
+        size = np.where(scale == 0, 0, np.nan_to_num(np.abs(x) * inverse))
+    largest, kind = (
+        (448, ml_dtypes.float8_e4m3fn) if fmt.bits == 8 else (6, ml_dtypes.float4_e2m1fn)
+    )
+    code = np.minimum(size, largest).astype(np.float32).astype(kind).view(np.uint8)
+    return np.where((code > 0) & np.signbit(x), code | (1 << (fmt.bits - 1)), code)
+
+
+def hard_weights(kind: str, bits: int) -> Array:
+    """Rows that something is odd about."""
+    chance = np.random.default_rng(7)
+    w = weights(3)
+    if kind == "zeros":
+        w[:8], w[8:16, 64:192] = 0, 0
+    elif kind == "constants":
+        w[:] = chance.normal(0, 1, (ROWS, 1))
+        w[3] = -0.0
+    elif kind == "huge":
+        w *= np.float32(1e36)
+    elif kind == "tiny":
+        # what MXFP8 decodes to has a limit: BF16's least number is 2^-133
+        w *= np.float32(1e-34 if bits == 8 else 1e-41)
+    elif kind == "outliers":
+        w[:, ::37] *= 1000
+    return w
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
+@pytest.mark.parametrize("word", [*FORMATS, "affine-2", "affine-5"])
+@pytest.mark.parametrize(
+    "kind", ["plain", "zeros", "constants", "huge", "tiny", "outliers", "dead"]
+)
+def test_what_is_carried_on_is_what_decoding_gives(word: str, dtype: str, kind: str) -> None:
+    """Codes and scales follow from decoded values alone, in the order that the page fixes."""
+    fmt, x = parse_format(word), inputs()
+    w = hard_weights(kind, fmt.bits)
+    if kind == "huge" and dtype == "F16" and fmt.has_bias:
+        return  # no such scale
+    if kind == "dead":
+        x[:, 10:20], x[:, 64:128] = 0, 0
+    feedback = prepare(x.T @ x)
+    found = quantize_with_feedback(w, fmt, dtype, feedback, searched)
+    values, codes = values_of(found, fmt, dtype, ROWS), unpacked(found, fmt, ROWS)
+    current = w.copy()
+    _, scales, biases = stored_arrays(found, fmt, dtype, ROWS)
+    for column in range(COLUMNS):
+        group, place = divmod(column, fmt.group_size)
+        if place == 0:
+            inside = current[:, column : column + fmt.group_size]
+            own, shifts = searched(
+                inside, fmt, feedback.importance[column:][: fmt.group_size], dtype
+            )
+            np.testing.assert_array_equal(
+                own, np.ascontiguousarray(scales[:, group]).view(np.uint8)
+            )
+            if biases is not None:
+                np.testing.assert_array_equal(
+                    shifts, np.ascontiguousarray(biases[:, group]).view(np.uint8)
+                )
+        scale, bias = parameters(scales, biases, group, fmt, dtype)
+        expected = expected_codes(current[:, column], scale, bias, fmt)
+        np.testing.assert_array_equal(codes[:, column], expected)
+        error = w[:, column] - values[:, column]
+        later = feedback.factors[column, column + 1 :]
+        current[:, column + 1 :] += error[:, None] * later
+    assert np.all(np.isfinite(values))
+    if fmt.bits < 8 and not fmt.has_bias:
+        assert not np.any(codes == 8)  # no -0
+
+
+def parameters(
+    scales: Any, biases: Any, group: int, fmt: Format, dtype: str
+) -> tuple[Array, Array]:
+    """A group's scales and biases as numbers."""
+    if fmt.has_bias:
+        scale, bias = (
+            to_float32(np.ascontiguousarray(part[:, group]).view(np.uint8), dtype)
+            for part in (scales, biases)
+        )
+        return scale, bias
+    byte = scales[:, group]
+    kind = ml_dtypes.float8_e4m3fn if fmt.mode == "nvfp4" else ml_dtypes.float8_e8m0fnu
+    return byte.view(kind).astype(np.float32), np.zeros(len(byte), np.float32)
+
+
+@pytest.mark.parametrize("word", FORMATS)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_weights_that_are_not_finite_spoil_their_group_alone(word: str, bad: float) -> None:
+    """They are counted, and every other row and group is what it was, or as good."""
+    fmt, w, x = parse_format(word), weights(), inputs()
+    feedback = prepare(x.T @ x)
+    clean = quantize_with_feedback(w, fmt, "BF16", feedback, searched)
+    w[5, 70], w[5, 71] = bad, bad
+    found = quantize_with_feedback(w, fmt, "BF16", feedback, searched)
+    assert (clean.non_finite, found.non_finite) == (0, 2)
+    values, before = (values_of_any(one, fmt) for one in (found, clean))
+    others = np.arange(ROWS) != 5
+    np.testing.assert_array_equal(values[others], before[others])
+    first = 70 // fmt.group_size * fmt.group_size
+    np.testing.assert_array_equal(values[5, :first], before[5, :first])
+    after = values[5, first + fmt.group_size :]
+    assert np.all(np.isfinite(after))
+    assert float(np.max(np.abs(after - w[5, first + fmt.group_size :]))) < 0.5
+
+
+def values_of_any(found: Any, fmt: Format) -> Array:
+    """As decode.py has them, NaN or not."""
+    codes, scales, biases = stored_arrays(found, fmt, "BF16", ROWS)
+    got = decode(Packed(codes, scales, biases, None, False, ["BF16", "BF16"]), fmt)
+    assert got is not None
+    raw = np.ascontiguousarray(got.array).reshape(-1).view(np.uint8)
+    return to_float32(raw, "BF16").reshape(ROWS, -1)
+
+
+@pytest.mark.parametrize("word", ["int4", "nvfp4", "mxfp8"])
+def test_rows_are_independent(word: str) -> None:
+    """However a matrix is cut, and by however many threads it is made, its bytes are the same."""
+    fmt, x = parse_format(word), inputs()
+    w = np.random.default_rng(2).normal(0, 0.05, (2100, COLUMNS)).astype(np.float32)
+    feedback = prepare(x.T @ x)
+    whole = quantize_with_feedback(w, fmt, "BF16", feedback, searched)
+    threaded = quantize_with_feedback(w, fmt, "BF16", feedback, searched, threads=3)
+    assert bytes(whole.weight) == bytes(threaded.weight)
+    assert bytes(whole.scales) == bytes(threaded.scales)
+    cuts = [0, 1, 64, 1000, 1024, 1100, 2100]
+    parts = [
+        quantize_with_feedback(w[start:end], fmt, "BF16", feedback, searched)
+        for start, end in itertools.pairwise(cuts)
+    ]
+    assert bytes(whole.weight) == b"".join(bytes(part.weight) for part in parts)
+    assert bytes(whole.scales) == b"".join(bytes(part.scales) for part in parts)
+
+
+# -- kernels ---------------------------------------------------------------------------------------
+
+NATIVE = [k.name for k in kernels.list_kernels() if k.supported]
+
+
+def hard_tiles(fmt: Format, seed: int) -> tuple[Tiles, Array, Array, Array]:
+    """Tiles of odd numbers with scales, biases and factors that need not belong to them."""
+    chance = np.random.default_rng(seed)
+    w = chance.normal(0, 0.05, (130, 256)).astype(np.float32)
+    w[:, ::7] *= np.float32(1e3)
+    w[3:9, 100:140], w[9, 40:90] = 0, -0.0
+    w[0, 5], w[1, 70], w[2, 130], w[64, 0] = np.nan, np.inf, -np.inf, 3e38
+    w[70:74] = np.ldexp(w[70:74], -130)
+    scale = np.exp(chance.normal(-4, 3, 130)).astype(np.float32)
+    bias = chance.normal(0, 0.2, 130).astype(np.float32)
+    scale[:6] = 0, np.nan, np.inf, 1e-42, 1e38, 2e-45
+    if fmt.has_bias:
+        scale[6:40] *= -1
+        bias[40:43] = np.nan, np.inf, -np.inf
+    factors = chance.normal(0, 0.3, (256, 256)).astype(np.float32)
+    factors[5], factors[20, 25:40] = 1e38, 0
+    return Tiles.of(w, fmt), scale, bias, factors
+
+
+def ran(name: str, fmt: Format, dtype: str, monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """One implementation's codes, errors and current weights after two groups."""
+    monkeypatch.setenv(kernels.VARIABLE, name)
+    tiles, scale, bias, factors = hard_tiles(fmt, fmt.bits)
+    size = fmt.group_size
+    tiles.round(0, scale, bias, dtype, factors)
+    tiles.carry((0, size), (size, 256), factors)
+    tiles.round(size, scale[::-1].copy(), bias, dtype, factors)
+    tiles.carry((0, 2 * size), (2 * size, 256), factors)
+    # one NaN: its sign and bits depend on the processor
+    arrays = [np.where(np.isnan(a), np.float32(7), a) for a in (tiles.errors, tiles.current)]
+    return [tiles.codes.tobytes(), *(array.tobytes() for array in arrays)]
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
+@pytest.mark.parametrize("word", [*FORMATS, "affine-2", "affine-5"])
+def test_every_kernel_gives_the_same_bytes(
+    word: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NumPy's form included, for numbers that no search would give as well."""
+    fmt = parse_format(word)
+    expected = ran(kernels.MLX, fmt, dtype, monkeypatch)
+    for name in NATIVE:
+        found = ran(name, fmt, dtype, monkeypatch)
+        assert [a == b for a, b in zip(found, expected, strict=True)] == [True] * 3, name
+
+
+def test_kernels_refuse_arrays_that_do_not_fit() -> None:
+    """No memory but the arrays' own is touched."""
+    fmt = parse_format("int4")
+    tiles, scale, bias, factors = hard_tiles(fmt, 1)
+    with pytest.raises(ValueError, match="factors"):
+        tiles.round(0, scale, bias, "F32", factors[:, :128].copy())
+    with pytest.raises(ValueError, match="no group"):
+        tiles.round(256, scale, bias, "F32", factors)
+    with pytest.raises(ValueError, match="no such columns"):
+        tiles.carry((0, 64), (64, 272), factors)
+    with pytest.raises(ValueError, match="multiple"):
+        tiles.carry((0, 64), (64, 72), factors)
+
+
+def test_shapes_that_do_not_fit_are_told() -> None:
+    """Partial groups, or the Gram matrix of another layer."""
+    with pytest.raises(BadRequest, match="do not fit"):
+        quantize_with_feedback(weights(), parse_format("int4"), "F32", prepare(np.eye(64)), rtn)
+    with pytest.raises(BadRequest, match="do not fit"):
+        quantize_with_feedback(
+            weights()[:, :96], parse_format("int4"), "F32", prepare(np.eye(96)), rtn
+        )

@@ -51,4 +51,30 @@ def search(
     biases: WriteableBuffer,
     implementation: str,
 ) -> tuple[int, int]: ...
+def round_columns(
+    stored: str,
+    mode: str,
+    bits: int,
+    group_size: int,
+    columns: int,
+    first: int,
+    scales: ReadableBuffer,
+    biases: ReadableBuffer,
+    factors: ReadableBuffer,
+    errors: WriteableBuffer,
+    current: WriteableBuffer,
+    codes: WriteableBuffer,
+    implementation: str,
+) -> None: ...
+def carry(
+    columns: int,
+    first: int,
+    last: int,
+    to_first: int,
+    to_last: int,
+    factors: ReadableBuffer,
+    errors: ReadableBuffer,
+    current: WriteableBuffer,
+    implementation: str,
+) -> None: ...
 def scan(weights: ReadableBuffer, dtype: str) -> tuple[int, float]: ...

@@ -1,4 +1,4 @@
-"""A fast BLAS for matrix products on Linux CPUs, and what this machine offers.
+"""A fast BLAS for MLX's matrix products on Linux CPUs, and the threads of NumPy's own.
 
 MLX's CPU wheel links the reference BLAS. A library that exports the standard `cblas_*` symbols
 and is loaded globally before MLX takes their place: oneMKL makes float32 products 19 times faster
@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
+import importlib
 import os
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 VARIABLE = "QUANTMILL_BLAS"
@@ -72,3 +76,64 @@ def _candidates() -> Iterator[str]:
         found = ctypes.util.find_library(name)
         if found:
             yield found
+
+
+# -- NumPy's own -----------------------------------------------------------------------------------
+
+_one = threading.Lock()
+_users = 0
+_before = 1
+
+
+def has_threads() -> bool:
+    """Whether the threads of NumPy's BLAS can be set: `one_thread` has an effect."""
+    return _threads() is not None
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Products of NumPy in one thread each, for the whole process, for work that has several.
+
+    Threads of OpenBLAS wait for one another while they hold their processors: with a thread of
+    Python's for each processor it is several times faster to have no others. Does nothing where
+    NumPy has another BLAS.
+    """
+    global _users, _before  # noqa: PLW0603  (a process has one of NumPy's)
+    threads = _threads()
+    if threads is None:
+        yield
+        return
+    get, put = threads
+    with _one:
+        _users += 1
+        if _users == 1:
+            _before = get()
+            put(1)
+    try:
+        yield
+    finally:
+        with _one:
+            _users -= 1
+            if _users == 0:
+                put(_before)
+
+
+@cache
+def _threads() -> tuple[Callable[[], int], Callable[[int], None]] | None:
+    """The functions that tell and set how many threads OpenBLAS uses, as NumPy's wheels name them.
+
+    They are looked up through NumPy's extension, in the library that it was linked with.
+    """
+    try:
+        extension = importlib.import_module("numpy._core._multiarray_umath")
+        library = ctypes.CDLL(str(extension.__file__))
+    except (ImportError, OSError):
+        return None
+    for prefix in ("scipy_openblas", "openblas"):
+        for suffix in ("64_", ""):
+            get = getattr(library, f"{prefix}_get_num_threads{suffix}", None)
+            put = getattr(library, f"{prefix}_set_num_threads{suffix}", None)
+            if get is not None and put is not None:
+                put.restype = None
+                return get, put
+    return None

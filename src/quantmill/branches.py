@@ -9,18 +9,24 @@ each; and a block's weights are made once for all branches.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from quantmill import blas
+from quantmill import blas, cpulanes
 from quantmill.errors import BadRequest
 
 if TYPE_CHECKING:
+    from quantmill.divergence import Heads
     from quantmill.forward import Block, Forward, States
     from quantmill.model import Model
+
+_Float = npt.NDArray[np.float32]
+_Under = Callable[[], AbstractContextManager[None]]
 
 Change = Callable[[mx.array], mx.array]
 """Makes of a weight in float32 another of the same shape."""
@@ -161,43 +167,63 @@ class _Pass:
             for place in self._variants
         }
         with_head = [place for place in hidden if forward.head in self._variants[place]]
-        others = [place for place in hidden if place not in with_head]
-        yield from _means(forward, reference, {place: hidden[place] for place in others}, None)
+        others = {place: hidden[place] for place in hidden if place not in with_head}
+        if others:
+            yield from self._means(reference, others, nullcontext)
         for place in with_head:
             head = self._variants[place][forward.head](forward.head_weight())
-            yield from _means(forward, reference, {place: hidden[place]}, head)
+            mx.eval(head)
+            under = partial(forward.with_head, head)
+            yield from self._means(reference, {place: hidden[place]}, under)
+
+    def _means(
+        self, reference: _Float, hidden: Mapping[int, _Float], under: _Under
+    ) -> Iterator[tuple[int, float]]:
+        """Mean divergences of hidden states [positions, hidden] under a head, by place."""
+        lanes = cpulanes.count()
+        parts = _parts(len(reference), self.forward.vocabulary, lanes)
+        total = np.zeros(len(hidden))
+        self._share_weights(reference)
+        for first in range(0, len(parts), lanes):
+            some = parts[first : first + lanes]
+            theirs = cpulanes.each([partial(self._said, reference[part]) for part in some])
+            with under():
+                self._share_weights(reference)
+                sums = cpulanes.each(
+                    [
+                        partial(self._sums, [states[part] for states in hidden.values()], one)
+                        for part, one in zip(some, theirs, strict=True)
+                    ]
+                )
+            total += np.sum(sums, axis=0)
+        yield from zip(hidden, (total / len(reference)).tolist(), strict=True)
+
+    def _share_weights(self, states: _Float) -> None:
+        """Compute what threads share: what MLX makes in one of them others cannot use."""
+        mx.eval(self.forward.logits(states[:1]))
+
+    def _said(self, states: _Float) -> tuple[_Float, Heads]:
+        """Logits [positions, vocabulary], and what they say."""
+        from quantmill.divergence import heads_of
+
+        logits: _Float = cpulanes.values(self.forward.logits(states))[0]
+        nobody = np.zeros(len(logits), np.int64)  # the token that came next is not asked
+        return logits, heads_of(logits, nobody)
+
+    def _sums(self, variants: Sequence[_Float], theirs: tuple[_Float, Heads]) -> list[float]:
+        """Divergences summed over some positions, of the states of each variant."""
+        from quantmill.divergence import divergence_of
+
+        found = []
+        for states in variants:
+            ours, heads = self._said(states)
+            found.append(float(divergence_of(ours, theirs[0], heads, theirs[1]).sum()))
+        return found
 
 
-def _means(
-    forward: Forward,
-    reference: npt.NDArray[np.float32],
-    hidden: Mapping[int, npt.NDArray[np.float32]],
-    head: mx.array | None,
-) -> Iterator[tuple[int, float]]:
-    """Mean divergences of hidden states [positions, hidden] under a head, by place."""
-    from quantmill.forward import lanes
-
-    count = len(reference)
-    size = max(1, min(_POSITIONS, _LOGITS // forward.vocabulary))
-    sums = dict.fromkeys(hidden, 0.0)
-    streams = lanes()
-    for start in range(0, count if hidden else 0, size):
-        part = slice(start, start + size)
-        theirs = forward.logits(reference[part])
-        total = mx.logsumexp(theirs, axis=-1)
-        likely = mx.exp(theirs - total[:, None])
-        mx.eval(theirs, total, likely)
-        places = list(hidden)
-        for first in range(0, len(places), len(streams)):
-            some = places[first : first + len(streams)]
-            lazy = []
-            for place, lane in zip(some, streams, strict=False):
-                with mx.stream(lane):
-                    ours = forward.logits(hidden[place][part], head)
-                    apart = (likely * (theirs - ours)).sum(axis=-1)
-                    lazy.append(apart + mx.logsumexp(ours, axis=-1) - total)
-            mx.eval(lazy)
-            for place, kl in zip(some, lazy, strict=True):
-                sums[place] += float(np.asarray(kl).astype(np.float64).sum())
-    for place, value in sums.items():
-        yield place, value / count
+def _parts(positions: int, vocabulary: int, lanes: int) -> list[slice]:
+    """Positions in parts of nearly one size, as many for each thread."""
+    most = max(1, min(_POSITIONS, _LOGITS // vocabulary))
+    count = -(-positions // most)
+    size = -(-positions // (-(-count // lanes) * lanes))
+    return [slice(start, start + size) for start in range(0, positions, size)]

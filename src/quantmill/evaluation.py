@@ -21,10 +21,10 @@ from quantmill.names import ModelName
 from quantmill.opening import Report
 from quantmill.reference import opened
 from quantmill.store import Store
-from quantmill.windows import Text, Tokens, default_text, text_of, text_tokens, tokens_digest
+from quantmill.windows import Ids, Text, Tokens, default_text, text_ids, text_of, tokens_digest
 
 if TYPE_CHECKING:
-    from quantmill.divergence import Measured, Passed
+    from quantmill.divergence import Measured, Passed, Reference
     from quantmill.model import Model
 
 TOKENS = 8192
@@ -32,6 +32,9 @@ TOKENS = 8192
 
 WINDOW = 512
 """Length of a window of them."""
+
+KL_EDGES = (0.0, *(float(f"{10 ** (step / 4):.3g}") for step in range(-24, 9)))
+"""Edges of the histogram of divergences, in nats: four columns for each power of ten."""
 
 Progress = Callable[[int, int, str], None]
 """Told of steps done, steps in all, and what is being done."""
@@ -46,6 +49,17 @@ class Estimate:
 
 
 @dataclass(frozen=True, slots=True)
+class Histogram:
+    """How many positions have a divergence between each edge and the next; the edges are KL_EDGES.
+
+    What rounding makes negative is in the first column, what is beyond the last edge in the last.
+    """
+
+    edges: tuple[float, ...]
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Divergence:
     """KL(reference || model) per token in nats, over all positions."""
 
@@ -53,6 +67,7 @@ class Divergence:
     median: float
     p99: float
     maximum: float
+    histogram: Histogram
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,63 +122,106 @@ def evaluate(
     store = store or Store()
     other = nullcontext(None) if against is None else opened(_source(against), store, fetching)
     with opened(_source(model), store, fetching) as ours, other as theirs:
-        windows = _tokens(ours, chosen, tokens // window, window)
         if theirs is not None:
-            _check_tokens(ours, theirs, windows, chosen)
-        measured = _measured(ours, theirs, windows, progress)
-        return _summed_up(ours, theirs, chosen, windows, measured)
+            judge = Judge(theirs, chosen, tokens=tokens, window=window, progress=progress)
+            return judge.evaluate(ours)
+        windows = _ids(ours, chosen).windows(window, tokens // window)
+        return _summed_up(ours, None, chosen, windows, _measured(ours, windows, progress))
+
+
+class Judge:
+    """One reference that any number of models are compared with, on the same windows of a text.
+
+    What is asked of the reference (its hidden states, and of each position ln Z and the likeliest
+    token) is computed once, when the first model is compared. The reference must stay open.
+
+        with opened("smollm2:bf16", store) as reference:
+            judge = Judge(reference, default_text())
+            for name in names:
+                with opened(name, store) as model:
+                    print(judge.evaluate(model).divergence)
+    """
+
+    def __init__(
+        self,
+        reference: Model,
+        text: Text,
+        *,
+        tokens: int = TOKENS,
+        window: int = WINDOW,
+        windows: Tokens | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Windows as `evaluate` takes them, or `windows`, ids of that text, int32 [count, length].
+
+        Raises BadRequest for a text that is too short, BadPlan for a reference without a tokenizer.
+        """
+        self._model, self._text, self._progress = reference, text, progress
+        self._ids = _ids(reference, text)
+        self.windows = self._ids.windows(window, tokens // window) if windows is None else windows
+        self._found: Reference | None = None
+
+    def evaluate(self, model: Model) -> Evaluation:
+        """`measure`'s figures, summed up."""
+        return self.summed_up(model, self.measure(model))
+
+    def measure(self, model: Model) -> Measured:
+        """What a model predicts at each position, beside what the reference does.
+
+        Raises BadRequest for other tokenizers or vocabularies, BadPlan for models without a forward
+        pass or a tokenizer.
+        """
+        from quantmill.divergence import compare
+
+        if not _ids(model, self._text).same_as(self._ids):
+            raise BadRequest(
+                f"{model.where} and {self._model.where} have different tokenizers",
+                kind="different_tokenizers",
+                hint="compare a model with what it was made from",
+            )
+        reference = self._reference()
+        passed = _passed(model, self.windows, self._progress)
+        theirs, ours = reference.passed.forward.vocabulary, passed.forward.vocabulary
+        if theirs != ours:
+            raise BadRequest(
+                f"{model.where} predicts {ours} tokens, {self._model.where} {theirs}",
+                kind="different_vocabularies",
+                hint="compare a model with what it was made from",
+            )
+        told = _told(self._progress, "comparing, tokens")
+        return compare(passed, reference, told)
+
+    def summed_up(self, model: Model, measured: Measured) -> Evaluation:
+        """The figures of `measure` as an evaluation."""
+        return _summed_up(model, self._model, self._text, self.windows, measured)
+
+    def _reference(self) -> Reference:
+        from quantmill.divergence import Reference
+
+        if self._found is None:
+            passed = _passed(self._model, self.windows, self._progress)
+            self._found = Reference(passed, self.windows)
+        return self._found
 
 
 def _source(given: str | Path | ModelName) -> str | Path:
     return given.display if isinstance(given, ModelName) else given
 
 
-def _tokens(model: Model, text: Text, count: int, length: int) -> Tokens:
+def _ids(model: Model, text: Text) -> Ids:
     from quantmill import mlxlm
     from quantmill.forward import empty_model
 
     _, config = empty_model(model)
-    return text_tokens(mlxlm.tokenizer_for(model, config), text.text, length, count)
+    return text_ids(mlxlm.tokenizer_for(model, config), text.text)
 
 
-def _check_tokens(ours: Model, theirs: Model, windows: Tokens, text: Text) -> None:
-    count, length = windows.shape
-    try:
-        same = np.array_equal(_tokens(theirs, text, count, length), windows)
-    except BadRequest as error:
-        if error.kind != "text_too_short":
-            raise
-        same = False
-    if not same:
-        raise BadRequest(
-            f"{ours.where} and {theirs.where} have different tokenizers",
-            kind="different_tokenizers",
-            hint="compare a model with what it was made from",
-        )
-
-
-def _measured(
-    ours: Model, theirs: Model | None, windows: Tokens, progress: Progress | None
-) -> Measured:
+def _measured(model: Model, windows: Tokens, progress: Progress | None) -> Measured:
     from quantmill.divergence import measure
 
-    reference = None if theirs is None else _passed(theirs, windows, progress)
-    model = _passed(ours, windows, progress)
-    if reference is not None and reference.forward.vocabulary != model.forward.vocabulary:
-        assert theirs is not None
-        raise BadRequest(
-            f"{ours.where} predicts {model.forward.vocabulary} tokens, "
-            f"{theirs.where} {reference.forward.vocabulary}",
-            kind="different_vocabularies",
-            hint="compare a model with what it was made from",
-        )
-    label = "comparing" if reference else "predicting"
-
-    def told(done: int, total: int) -> None:
-        if progress is not None:
-            progress(done, total, f"{label}, tokens")
-
-    return measure(model, reference, windows, told)
+    return measure(
+        _passed(model, windows, progress), windows, _told(progress, "predicting, tokens")
+    )
 
 
 def _passed(model: Model, windows: Tokens, progress: Progress | None) -> Passed:
@@ -176,6 +234,10 @@ def _passed(model: Model, windows: Tokens, progress: Progress | None) -> Passed:
             progress(index, len(forward), f"{model.where}, blocks")
         forward.step(index)
     return Passed(forward, forward.finish())
+
+
+def _told(progress: Progress | None, label: str) -> Callable[[int, int], None] | None:
+    return None if progress is None else (lambda done, total: progress(done, total, label))
 
 
 # -- figures ---------------------------------------------------------------------------------------
@@ -222,4 +284,6 @@ def _perplexity(surprise: npt.NDArray[np.float64]) -> Estimate:
 
 def _divergence(kl: npt.NDArray[np.float64]) -> Divergence:
     figures: Any = np.quantile(kl, [0.5, 0.99])
-    return Divergence(_mean(kl), float(figures[0]), float(figures[1]), float(kl.max()))
+    counts, _ = np.histogram(np.clip(kl, KL_EDGES[0], KL_EDGES[-1]), KL_EDGES)
+    histogram = Histogram(KL_EDGES, tuple(map(int, counts)))
+    return Divergence(_mean(kl), float(figures[0]), float(figures[1]), float(kl.max()), histogram)

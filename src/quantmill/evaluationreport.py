@@ -22,6 +22,7 @@ def evaluation_json(found: Evaluation) -> dict[str, Any]:
         "perplexity": _estimate_json(found.perplexity),
         "reference_perplexity": _estimate_json(found.reference_perplexity),
         "kl": _divergence_json(found.divergence),
+        "kl_histogram": _histogram_json(found.divergence),
         "top1_agreement": _estimate_json(found.agreement),
     }
 
@@ -46,6 +47,12 @@ def _divergence_json(found: Divergence | None) -> dict[str, Any] | None:
         "p99": round(found.p99, 6),
         "max": round(found.maximum, 6),
     }
+
+
+def _histogram_json(found: Divergence | None) -> dict[str, Any] | None:
+    if found is None:
+        return None
+    return {"edges": list(found.histogram.edges), "counts": list(found.histogram.counts)}
 
 
 def evaluation_lines(found: Evaluation) -> list[str]:

@@ -10,9 +10,9 @@ first only note what they are called with, and later give back what they were co
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -21,7 +21,7 @@ import numpy.typing as npt
 from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from quantmill import mlxlm
+from quantmill import cpulanes, mlxlm
 from quantmill.denseweights import DenseWeights, StoredWeight
 from quantmill.errors import BadPlan, BadRequest
 from quantmill.model import Model
@@ -43,10 +43,6 @@ Windows = npt.NDArray[np.integer[Any]]
 
 TOKENS_AT_ONCE = 512
 """Tokens that go through a block together, in whole windows: enough for fast matrix products."""
-
-_LANES = 2
-"""So many of those at a time: MLX uses one processor for all but matrix products on a CPU."""
-
 
 _INSTEAD = "`quantmill diff` compares the weights of such a model with those it was made from"
 
@@ -101,31 +97,44 @@ class Block:
     def send(self, ways: Iterable[tuple[States, Mapping[str, mx.array]]]) -> Iterator[States]:
         """The states after the block for each way through it: states before, weights replaced.
 
-        The weights of a way hold for it alone. Two ways are computed at a time, and `ways` is asked
-        for no more than that.
+        The weights of a way hold for it alone. No more of `ways` is asked for than is computed
+        together: as many as there are threads, or one where weights are replaced.
         """
-        streams = lanes()
-        found: list[States] = []
-        lazy: list[mx.array] = []
+        waiting: list[States] = []
         for states, replaced in ways:
+            if not replaced:
+                waiting.append(states)
+                if len(waiting) >= cpulanes.count():
+                    yield from self._sent(waiting)
+                    waiting = []
+                continue
+            yield from self._sent(waiting)
+            waiting = []
+            mx.eval(replaced)
             self._put(replaced)
-            after: States = []
-            for hidden, call in zip(states, self._calls, strict=True):
-                with mx.stream(streams[len(lazy) % len(streams)]):
-                    after.append(self._module(hidden, *call.args, **call.others))
-                lazy.append(after[-1])
+            yield from self._sent([states])
             self._put({name: self.weights[name] for name in replaced})
-            found.append(after)
-            if len(lazy) >= len(streams):
-                mx.eval(lazy)
-                yield from found
-                found, lazy = [], []
-        mx.eval(lazy)
-        yield from found
+        yield from self._sent(waiting)
+
+    def _sent(self, some: Sequence[States]) -> list[States]:
+        tasks = [
+            partial(_through, self._module, hidden, call)
+            for states in some
+            for hidden, call in zip(states, self._calls, strict=True)
+        ]
+        found = cpulanes.each(tasks)
+        count = len(self._calls)
+        return [found[start : start + count] for start in range(0, len(found), count)]
 
     def _put(self, weights: Mapping[str, mx.array]) -> None:
         own = [(name.removeprefix(self._prefix), array) for name, array in weights.items()]
         self._module.update(tree_unflatten(own))
+
+
+def _through(block: nn.Module, hidden: mx.array, call: Call) -> mx.array:
+    after: mx.array = block(hidden, *call.args, **call.others)
+    cpulanes.values(after)
+    return after
 
 
 class Forward:
@@ -170,7 +179,6 @@ class Forward:
         self._blocks: list[nn.Module] = list(self._inner.layers)
         self._weights.fill(self._inner, self._prefix, [f"{self._prefix}layers."])
         self._prepare()
-        self._lanes = lanes()
         self._streams = [self._begin(chunk) for chunk in _chunks(np.asarray(windows))]
 
     def __len__(self) -> int:
@@ -193,18 +201,16 @@ class Forward:
         self._weights.fill(block, self._of_block(index))
         before = self.states
         self._stations.running, self._watch.on = True, observe is not None
-        for start in range(0, len(self._streams), _LANES):
-            seen = []
-            streams = self._streams[start : start + _LANES]
-            for stream, lane in zip(streams, self._lanes, strict=False):
-                call = stream.calls[index]
-                with mx.stream(lane):
-                    stream.hidden = block(stream.hidden, *call.args, **call.others)
-                seen.append(self._watch.take())
-            mx.eval([s.hidden for s in streams], [x for one in seen for _, x, _ in one])
-            if observe is not None:
-                for one in seen:
-                    observe(self._given(one))
+        mx.eval(
+            _arrays(block),
+            [_arrays((s.calls[index].args, s.calls[index].others)) for s in self._streams],
+        )
+        tasks = [partial(self._noted, block, index, stream) for stream in self._streams]
+        lanes = len(tasks) if observe is None else cpulanes.count()
+        for start in range(0, len(tasks), lanes):
+            for seen in cpulanes.each(tasks[start : start + lanes]):
+                if observe is not None:
+                    observe(self._given(seen))
         self._watch.on = False
         if beside is not None:
             calls = [stream.calls[index] for stream in self._streams]
@@ -223,25 +229,21 @@ class Forward:
         found = self.final(self.states)
         if observe is not None:
             for hidden in found:
-                self._watch.on, self._watch.computing = True, False
+                self._watch.on = True
                 self.logits(hidden)  # not computed: only the head's input is looked at
-                self._watch.on, self._watch.computing = False, True
+                self._watch.on = False
                 observe(self._given(self._watch.take()))
         self._streams = [_Stream(stream.tokens, mx.array(0.0), []) for stream in self._streams]
         return np.concatenate(found)
 
-    def logits(
-        self, hidden: npt.NDArray[np.float32] | mx.array, head: mx.array | None = None
-    ) -> mx.array:
+    def logits(self, hidden: npt.NDArray[np.float32] | mx.array) -> mx.array:
         """Logits [..., vocabulary] of hidden states [..., hidden] from `finish`, not computed yet.
 
-        Also what the architecture does after its head, such as a soft cap. `head` takes the place
-        of the head's weight [vocabulary, hidden], of what `head_weight` gives.
+        Also what the architecture does after its head, such as a soft cap.
         """
         states = mx.array(hidden)
         flat = states.reshape(1, -1, states.shape[-1])
-        with nullcontext() if head is None else self._with_head(head):
-            found: mx.array = self._target(flat)
+        found: mx.array = self._target(flat)
         return found.reshape(*states.shape[:-1], -1)
 
     # -- for states that go another way ------------------------------------------------------------
@@ -301,7 +303,8 @@ class Forward:
             self._inner.embed_tokens = own
 
     @contextmanager
-    def _with_head(self, weight: mx.array) -> Iterator[None]:
+    def with_head(self, weight: mx.array) -> Iterator[None]:
+        """Have `logits` use a weight [vocabulary, hidden] in the place of `head_weight`."""
         if not self._head:
             with self._with_table(StoredWeight(weight)):
                 yield
@@ -314,6 +317,16 @@ class Forward:
             self._head_module.update({"weight": own})
 
     # -- inside ------------------------------------------------------------------------------------
+
+    def _noted(self, block: nn.Module, index: int, stream: _Stream) -> list[Seen]:
+        """Send some windows through a block; what its layers were given."""
+        self._watch.take()
+        call = stream.calls[index]
+        hidden = block(stream.hidden, *call.args, **call.others)
+        seen = self._watch.take()
+        cpulanes.values(hidden, *(a for _, *given in seen for a in given if a is not None))
+        stream.hidden = hidden
+        return seen
 
     def _vocabulary(self) -> int:
         return self._weights.rows(self._head) or int(self._table.weight.shape[0])
@@ -388,16 +401,11 @@ def _of_expert(
         yield Given(single, values)
 
 
-@cache  # a stream of MLX has a thread, and is never closed
-def _cpu_lanes() -> list[mx.Stream]:
-    return [mx.new_stream(mx.cpu) for _ in range(_LANES)]
-
-
-def lanes() -> list[mx.Stream]:
-    """Streams for work that may overlap: MLX uses one processor for each on a CPU."""
-    device = mx.default_device()
-    on_cpu = device == mx.Device(mx.cpu)
-    return _cpu_lanes() if on_cpu else [mx.default_stream(device)] * _LANES
+def _arrays(tree: Any) -> list[mx.array]:
+    """Arrays of a module, those it keeps beside its parameters too, or of a tree of values."""
+    parts = [dict(m) for m in tree.modules()] if isinstance(tree, nn.Module) else [tree]
+    found: Any = tree_flatten(parts, is_leaf=lambda value: isinstance(value, nn.Module))
+    return [value for _, value in found if isinstance(value, mx.array)]
 
 
 def _chunks(windows: Windows) -> Iterator[mx.array]:

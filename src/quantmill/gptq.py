@@ -1,21 +1,23 @@
 """Quantization with error feedback: what rounding a column loses, the columns after it make up for.
 
-The algorithm is GPTQ's (Frantar et al., arXiv 2210.17323), columns in their order so that groups
-stay whole; scales and biases of a group are chosen by the weighted search on weights that make up
-for the columns before them (docs/fidelity.md). Matrix products go through NumPy's BLAS: bytes are
-the same on one machine, and may differ in the last bits of sums between processors.
+The algorithm is GPTQ's (Frantar et al., arXiv 2210.17323) in the form of LDLQ (Chee et al., arXiv
+2307.13304), which takes no inverse; columns go in their order so that groups stay whole. Scales and
+biases of a group are chosen on weights that make up for the columns before them. What is rounded
+how, and in which order errors are summed, docs/formats.md says (Error feedback).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from quantmill.elements import E2M1, E4M3, to_float32
+from quantmill.elements import E4M3, to_float32
 from quantmill.errors import BadRequest
+from quantmill.feedbackarrays import LANES, Tiles
 from quantmill.formats import Format
 from quantmill.weights import Quantized
 
@@ -23,11 +25,17 @@ Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
 Bytes = npt.NDArray[np.uint8]
 
+METHOD_VERSION = 1
+"""Counted up whenever the same weights and Gram matrix would give other bytes."""
+
 DAMPING = 0.01
 """Of the mean of the Gram matrix's diagonal so much is added to it, as Frantar et al. do."""
 
 _BLOCK = 128
-"""Columns whose errors are carried beyond them by one matrix product."""
+"""Columns whose errors are carried beyond them at once; a whole number of any format's groups."""
+
+_ROWS = 1024
+"""Rows at a time: few enough for the cache, enough to make Python's share small."""
 
 Choose = Callable[[Floats, Format, Floats, str], tuple[Bytes, Bytes | None]]
 """Scales and biases, as they are stored, of one group of columns [rows, group] with its weights."""
@@ -38,18 +46,21 @@ class Feedback:
     """How the error of each column is carried on: the Gram matrix, prepared once for all weights
     that share an input.
 
-    `importance` is its diagonal, float32 [columns]; `upper` the upper Cholesky factor of its
-    inverse, float32 [columns, columns].
+    `importance` is its diagonal over the mean, float32 [columns], 0 where no input was. `factors`,
+    float32 [columns, columns], says in row k how much of the error of column k each later column
+    takes over; only what is right of the diagonal is read.
     """
 
     importance: Floats
-    upper: Floats
+    factors: Floats
 
 
 def prepare(gram: Doubles, damping: float = DAMPING) -> Feedback:
     """Prepare a Gram matrix X'X of inputs, float64 [columns, columns].
 
-    Columns whose input was always 0 are carried nowhere. Raises BadRequest for a matrix that no
+    With the damped matrix H = A A', A upper triangular, the factors are A with its columns divided
+    by the diagonal (Chee et al., 2023, section 4; the same feedback as that of Frantar et al.).
+    Columns whose input was always 0 take and give nothing. Raises BadRequest for a matrix that no
     inputs have, since it is not finite or not positive.
     """
     gram = np.array(gram, np.float64)
@@ -62,105 +73,114 @@ def prepare(gram: Doubles, damping: float = DAMPING) -> Feedback:
     diagonal[dead] = mean
     diagonal += damping * mean
     try:
-        # the upper factor of the inverse, by way of the matrix turned round: no inverse is taken
-        lower = np.linalg.cholesky(gram[::-1, ::-1])
-        upper = np.linalg.inv(lower)[::-1, ::-1]
+        # an upper factor is the lower one of the matrix turned round
+        upper = np.linalg.cholesky(gram[::-1, ::-1])[::-1, ::-1]
     except np.linalg.LinAlgError:
         raise BadRequest(
             "the calibration gave too few different activations",
             hint="use more tokens",
         ) from None
-    return Feedback(importance, np.ascontiguousarray(upper, np.float32))
+    return Feedback(importance, np.ascontiguousarray(upper / np.diag(upper), np.float32))
 
 
 def quantize_with_feedback(
-    weights: Floats, fmt: Format, dtype: str, feedback: Feedback, choose: Choose
+    weights: Floats,
+    fmt: Format,
+    dtype: str,
+    feedback: Feedback,
+    choose: Choose,
+    threads: int = 1,
 ) -> Quantized:
     """Quantize a matrix, float32 [rows, columns], to what a tensor of `dtype` stores.
 
-    Columns are a whole number of groups. `choose` picks scales and biases for a group.
+    Columns are a whole number of groups. `choose` picks scales and biases for some rows of a group,
+    in any of the `threads`; rows are independent, so bytes do not depend on how many there are. A
+    weight that is NaN or infinite has no error, and spoils its own group alone. Raises what
+    `choose` does, and BadRequest where the shapes do not fit together.
     """
     rows, columns = weights.shape
-    current = np.ascontiguousarray(weights, np.float32).copy()
-    upper, group = feedback.upper, fmt.group_size
-    codes = np.empty((rows, columns), np.uint8)
-    scales: list[Bytes] = []
-    biases: list[Bytes] = []
-    for start in range(0, columns, _BLOCK):
-        end = min(columns, start + _BLOCK)
-        errors = np.empty((rows, end - start), np.float32)
-        for first in range(start, end, group):
-            last = first + group
-            inside = np.ascontiguousarray(current[:, first:last])
-            stored, shifts = choose(inside, fmt, feedback.importance[first:last], dtype)
-            scales.append(stored.reshape(rows, -1))
-            if shifts is not None:
-                biases.append(shifts.reshape(rows, -1))
-            rounding = _Rounding(fmt, dtype, stored, shifts)
-            for column in range(first, last):
-                values = current[:, column]
-                codes[:, column], rounded = rounding(values)
-                error = (values - rounded) / upper[column, column]
-                current[:, column + 1 : end] -= np.outer(error, upper[column, column + 1 : end])
-                errors[:, column - start] = error
-        current[:, end:] -= errors @ upper[start:end, end:]
+    if columns % fmt.group_size or feedback.factors.shape != (columns, columns):
+        raise BadRequest(f"{columns} columns do not fit the groups or the calibration")
+    job = _Job(np.asarray(weights, np.float32), fmt, dtype, feedback, choose)
+    # as many rows in each part as in the others, in whole tiles
+    share = -(-rows // (LANES * max(1, threads))) * LANES
+    at_once = max(LANES, min(_ROWS, share))
+    starts = range(0, rows, at_once)
+    if threads == 1 or len(starts) < 2:
+        parts = [job.run(start, start + at_once) for start in starts]
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            parts = list(pool.map(lambda start: job.run(start, start + at_once), starts))
+    codes, scales, biases = (
+        np.concatenate(arrays) if arrays else np.empty(0, np.uint8)
+        for arrays in ([getattr(part, name) for part in parts] for name in _Part.__slots__)
+    )
     return Quantized(
-        _packed(codes, fmt.bits).data, _joined(scales), _joined(biases) if biases else None,
+        codes.reshape(-1).data,
+        scales.reshape(-1).data,
+        biases.reshape(-1).data if fmt.has_bias else None,
         int(np.count_nonzero(~np.isfinite(weights))),
-    )  # fmt: skip
+    )
 
 
-class _Rounding:
-    """A column's codes and what they decode to, with the scales and biases of its group."""
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Some rows' bytes of codes, scales and biases, [rows, bytes of a row]."""
 
-    def __init__(self, fmt: Format, dtype: str, scales: Bytes, biases: Bytes | None) -> None:
-        self._fmt = fmt
-        if fmt.mode == "affine":
-            assert biases is not None
-            self._scale = to_float32(scales.reshape(-1), dtype)
-            self._bias = to_float32(biases.reshape(-1), dtype)
-        else:
-            self._scale = _decoded_scales(fmt.mode, scales.reshape(-1))
-
-    def __call__(self, values: Floats) -> tuple[Bytes, Floats]:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            if self._fmt.mode == "affine":
-                steps = (values - self._bias) / self._scale
-                steps = np.where(np.isfinite(steps), steps, 0)
-                code = np.clip(np.rint(steps), 0, (1 << self._fmt.bits) - 1).astype(np.uint8)
-                return code, code * self._scale + self._bias
-            ratio = np.where(self._scale > 0, values / self._scale, 0).astype(np.float32)
-        # without signs, and E4M3 without its NaN
-        code, grid = _nearest(ratio, E4M3[:127] if self._fmt.bits == 8 else E2M1)
-        return code, grid * self._scale
+    codes: Bytes
+    scales: Bytes
+    biases: Bytes
 
 
-def _decoded_scales(mode: str, scales: Bytes) -> Floats:
-    if mode == "nvfp4":
-        return E4M3[scales]
-    return np.ldexp(np.float32(1), scales.astype(np.int32) - 127).astype(np.float32)
+@dataclass(frozen=True, slots=True)
+class _Job:
+    weights: Floats
+    fmt: Format
+    dtype: str
+    feedback: Feedback
+    choose: Choose
+
+    def run(self, first_row: int, last_row: int) -> _Part:
+        rows = self.weights[first_row:last_row]
+        columns, group = rows.shape[1], self.fmt.group_size
+        tiles = Tiles.of(rows, self.fmt)
+        scales: list[Bytes] = []
+        biases: list[Bytes] = []
+        for start in range(0, columns, _BLOCK):
+            end = min(columns, start + _BLOCK)
+            for first in range(start, end, group):
+                last = first + group
+                stored = self._chosen(rows, tiles, first)
+                scales.append(stored[0])
+                biases.append(stored[1])
+                scale, bias = self._numbers(*stored)
+                tiles.round(first, scale, bias, self.dtype, self.feedback.factors)
+                tiles.carry((first, last), (last, end), self.feedback.factors)
+            tiles.carry((start, end), (end, columns), self.feedback.factors)
+        return _Part(tiles.codes[: len(rows)], np.hstack(scales), np.hstack(biases))
+
+    def _chosen(self, rows: Floats, tiles: Tiles, first: int) -> tuple[Bytes, Bytes]:
+        """Bytes of scales and biases [rows, bytes], the latter none where the format has none."""
+        last = first + self.fmt.group_size
+        inside = tiles.group(first, len(rows))
+        # what overflowed by making up for others goes without
+        inside = np.where(np.isfinite(inside), inside, rows[:, first:last])
+        importance = self.feedback.importance[first:last]
+        scales, biases = self.choose(inside, self.fmt, importance, self.dtype)
+        none = np.empty((len(rows), 0), np.uint8)
+        return _raw(scales, len(rows)), none if biases is None else _raw(biases, len(rows))
+
+    def _numbers(self, scales: Bytes, biases: Bytes) -> tuple[Floats, Floats]:
+        """Scales and biases as float32 [rows]."""
+        if self.fmt.has_bias:
+            scale, bias = (to_float32(x.reshape(-1), self.dtype) for x in (scales, biases))
+            return scale, bias
+        byte = scales.reshape(-1)
+        if self.fmt.mode == "nvfp4":
+            return E4M3[byte], np.zeros(len(byte), np.float32)
+        power = np.ldexp(np.float32(1), byte.astype(np.int32) - 127)
+        return power.astype(np.float32), np.zeros(len(byte), np.float32)
 
 
-def _nearest(values: Floats, grid: Floats) -> tuple[Bytes, Floats]:
-    """Codes and values of the nearest numbers of a grid, its sign in the next bit, ties to even."""
-    sign = 1 << (grid.size - 1).bit_length()
-    middles = (grid[1:] + grid[:-1]) / 2
-    magnitude = np.abs(values)
-    code = np.searchsorted(middles, magnitude, side="left")
-    tie = (code < middles.size) & (magnitude == middles[np.minimum(code, middles.size - 1)])
-    code += tie & (code % 2 == 1)
-    found = np.copysign(grid[code], values)
-    return (code + sign * np.signbit(values)).astype(np.uint8), found.astype(np.float32)
-
-
-def _packed(codes: Bytes, bits: int) -> Bytes:
-    """Codes as a stream of bits, the lowest first, which is how MLX packs each row."""
-    if bits == 8:
-        return codes.reshape(-1)
-    unpacked = np.unpackbits(codes[..., None], axis=-1, count=bits, bitorder="little")
-    return np.packbits(unpacked.reshape(-1), bitorder="little")
-
-
-def _joined(groups: list[Bytes]) -> memoryview:
-    """Scales of all groups, row by row."""
-    return np.concatenate(groups, axis=1).reshape(-1).view(np.uint8).data
+def _raw(array: Bytes, rows: int) -> Bytes:
+    return np.ascontiguousarray(np.asarray(array)).reshape(-1).view(np.uint8).reshape(rows, -1)

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 from quantmill.errors import BadRequest
 from quantmill.formats import DTYPE_BYTES, FLOAT_DTYPES, Format, is_valid
@@ -198,6 +200,40 @@ def decode(rows: CodedRows, dtype: str) -> memoryview | None:
         rows.element, dtype, rows.columns, rows.group, values, with_,
     )  # fmt: skip
     return values
+
+
+def round_columns(dtype: str, fmt: Format, columns: int, first: int, arrays: Sequence[Any]) -> bool:
+    """Round a group of columns with error feedback; False where the extension is not in use.
+
+    `arrays` are those of `RoundTask` in native/kernels.h, from scales on, of any shape; errors,
+    current weights and codes are changed in place.
+    """
+    with_ = in_use()
+    if with_ == MLX:
+        return False
+    from quantmill import _native
+
+    scales, biases, factors, errors, current, codes = (array.reshape(-1) for array in arrays)
+    _native.round_columns(
+        dtype, fmt.mode, fmt.bits, fmt.group_size, columns, first,
+        scales, biases, factors, errors, current, codes, with_,
+    )  # fmt: skip
+    return True
+
+
+def carry(columns: int, done: tuple[int, int], to: tuple[int, int], arrays: Sequence[Any]) -> bool:
+    """Add errors of columns `done` to columns `to`; False where the extension is not in use.
+
+    `arrays` are factors, errors and current weights, which change in place (`CarryTask`).
+    """
+    with_ = in_use()
+    if with_ == MLX:
+        return False
+    from quantmill import _native
+
+    factors, errors, current = (array.reshape(-1) for array in arrays)
+    _native.carry(columns, done[0], done[1], to[0], to[1], factors, errors, current, with_)
+    return True
 
 
 def scan(raw: memoryview, dtype: str) -> tuple[int, float] | None:

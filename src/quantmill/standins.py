@@ -6,7 +6,7 @@ how mlx-lm's code calls them and give back what they are told to.
 
 from __future__ import annotations
 
-import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from mlx import nn
 
-from quantmill import blas
+from quantmill import cpulanes
 from quantmill.denseweights import StoredWeight
 
 Seen = tuple[str, mx.array, mx.array | None]
@@ -25,28 +25,19 @@ Seen = tuple[str, mx.array, mx.array | None]
 
 @dataclass(slots=True)
 class Watch:
-    """What the layers of the block at work were given, in the order of their calls."""
+    """What the layers of the block at work were given, in the order of their calls in a thread."""
 
     on: bool = False
-    computing: bool = True
-    seen: list[Seen] = field(default_factory=list)
+    here: threading.local = field(default_factory=threading.local)
 
     def note(self, path: str, x: mx.array, indices: mx.array | None = None) -> None:
         """Remember an input while someone wants to know."""
         if self.on:
-            self.seen.append((path, x, indices))
-
-    def product(self, x: mx.array, weight: mx.array) -> mx.array:
-        """Rows times a transposed weight; by NumPy where MLX has the reference BLAS, far slower."""
-        if not (self.computing and _numpy_is_faster()):
-            return x @ weight.T
-        mx.eval(x, weight)
-        rows = np.asarray(x).reshape(-1, x.shape[-1])
-        return mx.array(rows @ np.asarray(weight).T).reshape(*x.shape[:-1], weight.shape[0])
+            self.here.__dict__.setdefault("seen", []).append((path, x, indices))
 
     def take(self) -> list[Seen]:
         """What was noted since the last call."""
-        found, self.seen = self.seen, []
+        found: list[Seen] = self.here.__dict__.pop("seen", [])
         return found
 
 
@@ -72,7 +63,7 @@ class Table(nn.Module):
     def as_linear(self, x: mx.array) -> mx.array:
         """Logits of hidden states, where the embedding is the head as well."""
         self._watch.note(self._path, x)
-        return self._watch.product(x, self.weight)
+        return cpulanes.product(x, self.weight)
 
 
 def replace_class(module: nn.Module, call: Callable[..., Any]) -> None:
@@ -86,14 +77,14 @@ def replace_class(module: nn.Module, call: Callable[..., Any]) -> None:
 
 
 def watch_linear(module: nn.Module, path: str, watch: Watch) -> None:
-    """Have a linear layer note its input; a plain one multiplies by `Watch.product`."""
+    """Have a linear layer note its input; a plain one multiplies by `cpulanes.product`."""
     plain = type(module) is nn.Linear
 
     def call(own: Callable[..., mx.array], x: mx.array) -> mx.array:
         watch.note(path, x)
         if not plain:
             return own(x)
-        y = watch.product(x, module["weight"])
+        y = cpulanes.product(x, module["weight"])
         return y + module["bias"] if "bias" in module else y
 
     replace_class(module, call)
@@ -108,7 +99,7 @@ def watch_experts(module: nn.Module, path: str, watch: Watch) -> None:
         weight: mx.array = module["weight"]
         parts, places = [], []
         for expert, rows, values in by_expert(x, indices):
-            parts.append(watch.product(values, weight[expert]))
+            parts.append(cpulanes.product(values, weight[expert]))
             places.append(rows)
         back = mx.array(np.argsort(np.concatenate(places)))
         y = mx.concatenate(parts)[back].reshape(*indices.shape, 1, weight.shape[1])
@@ -123,7 +114,7 @@ def by_expert(
     """Expert, places among the flattened indices, and its rows [tokens, columns]."""
     columns = x.shape[-1]
     flat = mx.broadcast_to(x[..., 0, :], (*indices.shape, columns)).reshape(-1, columns)
-    chosen = np.asarray(indices).reshape(-1)
+    chosen = cpulanes.values(indices)[0].reshape(-1)
     for expert in np.unique(chosen):
         rows = np.flatnonzero(chosen == expert)
         yield int(expert), rows, flat[mx.array(rows)]
@@ -188,9 +179,3 @@ class Stations:
         if first is None or len(found) != count:
             raise Odd
         return first, found
-
-
-def _numpy_is_faster() -> bool:
-    """On Linux without a preloaded BLAS: NumPy's wheels bring a fast one that only NumPy uses."""
-    on_cpu = mx.default_device() == mx.Device(mx.cpu)
-    return on_cpu and sys.platform == "linux" and blas.preload().path is None

@@ -65,28 +65,49 @@ def text_of(path: Path) -> Text:
         raise BadSource(f"{path} is no UTF-8 text", kind="bad_text") from None
 
 
-def text_tokens(tokenizer: Any, text: str, length: int, count: int | None = None) -> Tokens:
-    """Windows of `length` tokens of a text, int32 [windows, length].
+@dataclass(frozen=True, slots=True)
+class Ids:
+    """A text in tokens: those that the tokenizer puts before every text (BOS), and its own."""
 
-    Without `count` one after the other, what is left at the end dropped; with it, that many,
-    beginning at places spread evenly over the text: floor of numpy.linspace(0, tokens - length,
-    count). Tokens that the tokenizer puts before every text (BOS) begin each window and count
-    into its length; others have none. Raises BadRequest for a text that is too short.
-    """
-    before = _before(tokenizer)
+    before: Tokens
+    own: Tokens
+
+    def windows(self, length: int, count: int | None = None) -> Tokens:
+        """Windows of `length` tokens, int32 [windows, length].
+
+        Without `count` one after the other, what is left at the end dropped; with it, that many,
+        beginning at places spread evenly over the text: floor of numpy.linspace(0, tokens - length,
+        count). The tokens before every text begin each window and count into its length. Raises
+        BadRequest for a text that is too short.
+        """
+        own = length - len(self.before)
+        if own < 1 or len(self.own) < own * (count or 1):
+            raise BadRequest(
+                f"the text has {len(self.own)} tokens, too few for {count or 1} x {length}",
+                kind="text_too_short",
+                hint="fewer --tokens, or a longer text",
+            )
+        last = len(self.own) - own
+        starts = np.arange(0, last + 1, own) if count is None else np.linspace(0, last, count)
+        found = [np.concatenate([self.before, self.own[s : s + own]]) for s in starts.astype(int)]
+        return np.stack(found).astype(np.int32)
+
+    def same_as(self, other: Ids) -> bool:
+        """Whether all tokens are the same."""
+        same = np.array_equal(self.before, other.before)
+        return same and np.array_equal(self.own, other.own)
+
+
+def text_ids(tokenizer: Any, text: str) -> Ids:
+    """A text in tokens."""
     # not verbose: transformers warns of texts longer than a model's context, which windows are not
     ids = np.asarray(tokenizer.encode(text, add_special_tokens=False, verbose=False), np.int32)
-    own = length - len(before)
-    if own < 1 or len(ids) < own * (count or 1):
-        raise BadRequest(
-            f"the text has {len(ids)} tokens, too few for {count or 1} x {length}",
-            kind="text_too_short",
-            hint="fewer --tokens, or a longer text",
-        )
-    last = len(ids) - own
-    starts = np.arange(0, last + 1, own) if count is None else np.linspace(0, last, count)
-    found = [np.concatenate([before, ids[s : s + own]]) for s in starts.astype(np.int64)]
-    return np.stack(found).astype(np.int32)
+    return Ids(_before(tokenizer), ids)
+
+
+def text_tokens(tokenizer: Any, text: str, length: int, count: int | None = None) -> Tokens:
+    """Windows of a text, int32 [windows, length]; arguments and errors are `Ids.windows`'s."""
+    return text_ids(tokenizer, text).windows(length, count)
 
 
 def _before(tokenizer: Any) -> Tokens:
