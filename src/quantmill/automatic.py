@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantmill.allocation import Allocation, Item, Option, allocate, uniform
 from quantmill.errors import BadPlan, BadRequest
-from quantmill.formats import FLOAT_DTYPES, Format
+from quantmill.formats import FLOAT_DTYPES, Format, parse_format
 from quantmill.plans import (
     AWARE,
     CAST,
@@ -207,10 +207,18 @@ class _Chooser:
         self.target, self.reader = target, by
         self._recipe, self._checkpoint, self._plan_for = recipe, checkpoint, plan_for
         self._source = checkpoint.source
-        self._plan = plan_for(self._source, self._request(_BASE, _BASE_GROUP), recipe.options)
-        self._specs = {s.name: s for s in self._plan.tensors if self._is_free(s)}
-        if not self._specs:
+        base = self._request(_BASE, _BASE_GROUP)
+        free = [
+            s.name for s in plan_for(self._source, base, recipe.options).tensors if self._is_free(s)
+        ]
+        if not free:
             raise BadRequest("auto has no tensor to choose a format for")
+        wide = parse_format(_BASE, _BASE_GROUP)
+        rules = tuple(Override(exactly(name), wide, "auto") for name in free)
+        options = replace(recipe.options, overrides=(*rules, *recipe.options.overrides))
+        self._plan = plan_for(self._source, base, options)
+        # all with a format, so that what weighs their columns is known
+        self._specs = {s.name: s for s in self._plan.tensors if s.rule == "auto"}
 
     def _request(self, word: str | None, group: int | None = None) -> Request:
         if self._recipe.request.decode:
