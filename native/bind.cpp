@@ -168,22 +168,25 @@ std::size_t tiles_in(std::size_t size, std::size_t columns, const Floats& factor
 }
 
 void round_columns(const std::string& stored, const std::string& mode, int bits, int group_size,
-                   std::size_t columns, std::size_t first, Floats scales, Floats biases,
-                   Floats factors, FloatRoom errors, FloatRoom current, Room codes,
+                   std::size_t columns, std::size_t first, std::size_t group, Bytes places,
+                   Floats scales, Floats biases, Floats factors, FloatRoom errors, FloatRoom current, Room codes,
                    const std::string& implementation) {
     const Format format = format_of(mode, bits, group_size);
     const Implementation& with = implementation_of(implementation);
     const std::size_t tiles = tiles_in(errors.size(), columns, factors, current.size());
     const auto size = static_cast<std::size_t>(group_size);
     require(columns % size == 0 && first % size == 0 && first < columns, "no group begins there");
+    require(group % size == 0 && group < columns, "no group for the codes");
+    require(places.size() == size, "wrong number of places");
+    for (std::size_t k = 0; k < size; ++k) require(places.data()[k] < size, "no such place");
     require(scales.size() == tiles * tile_rows, "wrong number of scales");
     require(biases.size() == tiles * tile_rows, "wrong number of biases");
     require(codes.size() == tiles * tile_rows * (columns / size) * code_bytes(format),
             "wrong room for codes");
-    const RoundTask task = {dtype_of(stored), format,         tiles,
-                            columns,          first,          scales.data(),
-                            biases.data(),    factors.data(), errors.data(),
-                            current.data(),   codes.data()};
+    const RoundTask task = {dtype_of(stored), format,         tiles,         columns,
+                            first,            group,          places.data(), scales.data(),
+                            biases.data(),    factors.data(), errors.data(), current.data(),
+                            codes.data()};
     nb::gil_scoped_release unlocked;
     with.round_columns(task);
 }
@@ -243,9 +246,9 @@ NB_MODULE(_native, module) {
                nb::arg("first"), nb::arg("codes"), nb::arg("scales"), nb::arg("biases"),
                nb::arg("implementation"));
     module.def("round_columns", round_columns, nb::arg("stored"), nb::arg("mode"), nb::arg("bits"),
-               nb::arg("group_size"), nb::arg("columns"), nb::arg("first"), nb::arg("scales"),
-               nb::arg("biases"), nb::arg("factors"), nb::arg("errors"), nb::arg("current"),
-               nb::arg("codes"), nb::arg("implementation"));
+               nb::arg("group_size"), nb::arg("columns"), nb::arg("first"), nb::arg("group"),
+               nb::arg("places"), nb::arg("scales"), nb::arg("biases"), nb::arg("factors"),
+               nb::arg("errors"), nb::arg("current"), nb::arg("codes"), nb::arg("implementation"));
     module.def("carry", carry, nb::arg("columns"), nb::arg("first"), nb::arg("last"),
                nb::arg("to_first"), nb::arg("to_last"), nb::arg("factors"), nb::arg("errors"),
                nb::arg("current"), nb::arg("implementation"));

@@ -53,15 +53,15 @@ inline float lost(float weight, float value) {
     return is_finite(found) ? found : 0.0f;
 }
 
-// Codes of a tile's group, column by column, packed row by row.
+// Codes of a tile's group, column by column, to their places, packed row by row.
 inline void pack_tile(const RoundTask& task, std::size_t tile, const std::uint8_t* found) {
     const auto size = static_cast<std::size_t>(task.format.group_size);
     const auto bits = static_cast<std::size_t>(task.format.bits);
     const std::size_t row_bytes = task.columns * bits / 8;
-    std::uint8_t* to = task.codes + tile * tile_rows * row_bytes + task.first * bits / 8;
+    std::uint8_t* to = task.codes + tile * tile_rows * row_bytes + task.group * bits / 8;
     for (std::size_t l = 0; l < tile_rows; ++l) {
         std::uint8_t codes[longest_group];
-        for (std::size_t i = 0; i < size; ++i) codes[i] = found[i * tile_rows + l];
+        for (std::size_t k = 0; k < size; ++k) codes[task.places[k]] = found[k * tile_rows + l];
         pack(codes, task.format.group_size, task.format.bits, to + l * row_bytes);
     }
 }

@@ -94,12 +94,14 @@ constexpr std::size_t tile_rows = 64;
 // One group of columns, from `first` on, is rounded column by column, and its later columns take over
 // the errors. `errors` has the weights, and in these columns then what rounding took from them;
 // `current` the weights with what earlier columns gave. Scales and biases are numbers, one for each
-// row, those of affine formats numbers of `stored`. Codes of a row are packed side by side,
-// [tiles * 64][columns * bits / 8]; the others' places are left alone.
+// row, those of affine formats numbers of `stored`. Columns may lie in another order than their codes:
+// these are packed side by side, [tiles * 64][columns * bits / 8], the group's from column `group` on,
+// where column `first` + k has place `places[k]`. Other groups' codes are left alone.
 struct RoundTask {
     Dtype stored;
     Format format;
-    std::size_t tiles, columns, first;
+    std::size_t tiles, columns, first, group;
+    const std::uint8_t* places;
     const float* scales;
     const float* biases;
     const float* factors;

@@ -24,7 +24,8 @@ SLOW = (
     "test_gguf", "test_running", "test_smollm2", "test_components", "test_drafts", "test_hub",
     "test_prequantized", "test_quantized_models", "test_registry", "test_transfer", "test_uploads",
     "test_repairing", "test_walks", "test_fuzz", "test_forward", "test_browser",
-    "test_hostile_registry", "test_faults", "test_company", "test_flat_memory",
+    "test_fidelity", "test_hostile_registry", "test_faults", "test_company", "test_flat_memory",
+    "test_embeddings", "test_calibrated",
 )  # fmt: skip
 
 

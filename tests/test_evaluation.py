@@ -15,11 +15,12 @@ from checkpoints import fixture
 from quantmill import divergence, mlxlm
 from quantmill.creation import create
 from quantmill.errors import BadPlan, BadRequest, NotFound
-from quantmill.evaluation import Evaluation
+from quantmill.evaluation import KL_EDGES, Evaluation, Judge
 from quantmill.evaluationreport import evaluation_json, evaluation_lines
 from quantmill.load import open_model
+from quantmill.reportdata import histogram_of
 from quantmill.store import Store
-from quantmill.windows import text_tokens, tokens_digest
+from quantmill.windows import text_of, text_tokens, tokens_digest
 
 pytest.importorskip("mlx_lm", reason="mlx-lm is not installed (quantmill[run])")
 
@@ -127,6 +128,40 @@ def test_without_a_reference_there_is_perplexity_alone(store: Store, text: Path)
     assert document.keys() == evaluation_json(compared).keys()
     assert not [line for line in evaluation_lines(found) if "KL" in line or "reference" in line]
     assert any("nats" in line for line in evaluation_lines(compared))
+
+
+def test_the_histogram_counts_every_position(store: Store, text: Path) -> None:
+    """Under the same edges for any model, and as the report page reads it; null alone."""
+    found = evaluated(store, text, "hf-llama-bf16:int4", fixture("hf-llama-bf16"))
+    same = evaluated(store, text, "hf-llama-bf16:int4", "hf-llama-bf16:int4")
+    assert found.divergence is not None
+    assert same.divergence is not None
+    document = json.loads(json.dumps(evaluation_json(found)))
+    drawn = histogram_of(document)
+    assert drawn is not None
+    assert drawn.edges == KL_EDGES == same.divergence.histogram.edges
+    assert sum(drawn.counts) == COUNT * LENGTH
+    below = sum(c for c, edge in zip(drawn.counts, drawn.edges[1:], strict=True)
+                if edge <= found.divergence.median)  # fmt: skip
+    assert below <= COUNT * LENGTH / 2
+    assert same.divergence.histogram.counts[0] == COUNT * LENGTH
+    assert evaluation_json(evaluated(store, text, "hf-llama-bf16:int4"))["kl_histogram"] is None
+
+
+def test_one_reference_judges_several_models(store: Store, text: Path) -> None:
+    """The same figures as one at a time; what is asked of the reference is computed once."""
+    with open_model(fixture("hf-llama-bf16")) as reference:
+        judge = Judge(reference, text_of(text), tokens=COUNT * LENGTH + 3, window=LENGTH)
+        for name in ("hf-llama-bf16:int4", "hf-llama-bf16:int8", "hf-llama-bf16:int4"):
+            if name.endswith("int8"):
+                create(name, fixture("hf-llama-bf16"), store=store, quantize="int8")
+            found = judge.evaluate(open_model(name, store=store))
+            assert found == evaluated(store, text, name, fixture("hf-llama-bf16"))
+        windows = judge.windows[:2]
+        few = Judge(reference, text_of(text), windows=windows)
+        measured = few.measure(open_model("hf-llama-bf16:int4", store=store))
+        assert measured.kl is not None
+        assert measured.kl.shape == windows.shape
 
 
 def test_one_window_has_no_standard_error(store: Store, text: Path) -> None:

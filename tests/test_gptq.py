@@ -15,11 +15,11 @@ from quantmill import kernels
 from quantmill.decode import Packed, decode
 from quantmill.elements import to_float32
 from quantmill.errors import BadRequest
-from quantmill.feedbackarrays import Tiles
+from quantmill.feedbackarrays import Place, Tiles
 from quantmill.formats import Format, parse_format
 from quantmill.gptq import prepare, quantize_with_feedback
 from quantmill.quantize import quantize
-from quantmill.searching import choose
+from quantmill.searching import choose, search
 
 Array = npt.NDArray[np.float32]
 FORMATS = ["int4", "int8", "affine-3", "affine-6", "nvfp4", "mxfp4", "mxfp8"]
@@ -83,6 +83,34 @@ def test_outputs_are_nearer_than_by_rounding(word: str) -> None:
         for values in (decoded(found, fmt), plain)
     )
     assert lost < 0.6 * lost_by_rounding
+
+
+@pytest.mark.parametrize("word", FORMATS)
+def test_outputs_are_nearer_than_by_search(word: str) -> None:
+    """The same inputs' diagonal alone, which the search weighs columns by, gives more error."""
+    fmt, w, x = parse_format(word), weights(), inputs()
+    gram = x.T @ x
+    found = decoded(quantize_with_feedback(w, fmt, "F32", prepare(gram), searched), fmt)
+    diagonal = memoryview(np.diag(gram).astype(np.float32).tobytes())
+    aware = decoded(search(memoryview(w.tobytes()), "F32", fmt, diagonal), fmt)
+    lost, lost_by_search = (
+        float(np.einsum("ij,jk,ik->", off, gram, off, optimize=True))
+        for off in (found - w.astype(np.float64), aware - w.astype(np.float64))
+    )
+    assert lost < 0.8 * lost_by_search
+
+
+def test_what_counts_most_is_rounded_first() -> None:
+    """Groups by what their columns count together, their columns by what each counts."""
+    diagonal = np.random.default_rng(4).permutation(np.repeat(np.arange(0.0, 64), 4))
+    feedback = prepare(np.diag(diagonal))
+    for size in (16, 32, 64, 128):
+        order = feedback.way(size).order.reshape(-1, size)
+        assert np.all(order // size == order[:, :1] // size)
+        assert np.all(np.diff(diagonal[order], axis=1) <= 0)
+        assert np.all(np.diff(diagonal[order].sum(axis=1)) <= 0)
+        same = np.diff(diagonal[order], axis=1) == 0
+        assert np.all(np.diff(order, axis=1)[same] > 0)
 
 
 def test_columns_that_nothing_enters_change_nothing() -> None:
@@ -211,28 +239,20 @@ def test_what_is_carried_on_is_what_decoding_gives(word: str, dtype: str, kind: 
     feedback = prepare(x.T @ x)
     found = quantize_with_feedback(w, fmt, dtype, feedback, searched)
     values, codes = values_of(found, fmt, dtype, ROWS), unpacked(found, fmt, ROWS)
-    current = w.copy()
     _, scales, biases = stored_arrays(found, fmt, dtype, ROWS)
-    for column in range(COLUMNS):
-        group, place = divmod(column, fmt.group_size)
-        if place == 0:
-            inside = current[:, column : column + fmt.group_size]
-            own, shifts = searched(
-                inside, fmt, feedback.importance[column:][: fmt.group_size], dtype
-            )
-            np.testing.assert_array_equal(
-                own, np.ascontiguousarray(scales[:, group]).view(np.uint8)
-            )
-            if biases is not None:
-                np.testing.assert_array_equal(
-                    shifts, np.ascontiguousarray(biases[:, group]).view(np.uint8)
-                )
-        scale, bias = parameters(scales, biases, group, fmt, dtype)
-        expected = expected_codes(current[:, column], scale, bias, fmt)
-        np.testing.assert_array_equal(codes[:, column], expected)
+    way, size = feedback.way(fmt.group_size), fmt.group_size
+    current = w[:, way.order]
+    for place, column in enumerate(way.order):
+        scale, bias = parameters(scales, biases, column // size, fmt, dtype)
+        if place % size == 0:
+            inside, counts = current[:, place:][:, :size], way.importance[place:][:size]
+            expected = parameters(*searched(inside, fmt, counts, dtype), 0, fmt, dtype)
+            np.testing.assert_array_equal([scale, bias], expected)
+        np.testing.assert_array_equal(
+            codes[:, column], expected_codes(current[:, place], scale, bias, fmt)
+        )
         error = w[:, column] - values[:, column]
-        later = feedback.factors[column, column + 1 :]
-        current[:, column + 1 :] += error[:, None] * later
+        current[:, place + 1 :] += error[:, None] * way.factors[place, place + 1 :]
     assert np.all(np.isfinite(values))
     if fmt.bits < 8 and not fmt.has_bias:
         assert not np.any(codes == 8)  # no -0
@@ -242,13 +262,17 @@ def parameters(
     scales: Any, biases: Any, group: int, fmt: Format, dtype: str
 ) -> tuple[Array, Array]:
     """A group's scales and biases as numbers."""
+
+    def some(part: Any, kind: Any) -> Any:
+        rows = np.ascontiguousarray(part).reshape(-1).view(kind).reshape(ROWS, -1)
+        return np.ascontiguousarray(rows[:, group])
+
     if fmt.has_bias:
         scale, bias = (
-            to_float32(np.ascontiguousarray(part[:, group]).view(np.uint8), dtype)
-            for part in (scales, biases)
+            to_float32(some(part, KINDS[dtype]).view(np.uint8), dtype) for part in (scales, biases)
         )
         return scale, bias
-    byte = scales[:, group]
+    byte = some(scales, np.uint8)
     kind = ml_dtypes.float8_e4m3fn if fmt.mode == "nvfp4" else ml_dtypes.float8_e8m0fnu
     return byte.view(kind).astype(np.float32), np.zeros(len(byte), np.float32)
 
@@ -266,11 +290,14 @@ def test_weights_that_are_not_finite_spoil_their_group_alone(word: str, bad: flo
     values, before = (values_of_any(one, fmt) for one in (found, clean))
     others = np.arange(ROWS) != 5
     np.testing.assert_array_equal(values[others], before[others])
-    first = 70 // fmt.group_size * fmt.group_size
-    np.testing.assert_array_equal(values[5, :first], before[5, :first])
-    after = values[5, first + fmt.group_size :]
-    assert np.all(np.isfinite(after))
-    assert float(np.max(np.abs(after - w[5, first + fmt.group_size :]))) < 0.5
+    group = 70 // fmt.group_size
+    groups = feedback.way(fmt.group_size).order[:: fmt.group_size] // fmt.group_size
+    at = int(np.flatnonzero(groups == group)[0])
+    by_group, was, own = (array[5].reshape(-1, fmt.group_size) for array in (values, before, w))
+    np.testing.assert_array_equal(by_group[groups[:at]], was[groups[:at]])
+    after = groups[at + 1 :]
+    assert np.all(np.isfinite(by_group[after]))
+    assert float(np.max(np.abs(by_group[after] - own[after]), initial=0)) < 0.5
 
 
 def values_of_any(found: Any, fmt: Format) -> Array:
@@ -330,9 +357,10 @@ def ran(name: str, fmt: Format, dtype: str, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv(kernels.VARIABLE, name)
     tiles, scale, bias, factors = hard_tiles(fmt, fmt.bits)
     size = fmt.group_size
-    tiles.round(0, scale, bias, dtype, factors)
+    places = np.random.default_rng(3).permutation(size).astype(np.uint8)
+    tiles.round(Place(0, 256 - size, places), scale, bias, dtype, factors)
     tiles.carry((0, size), (size, 256), factors)
-    tiles.round(size, scale[::-1].copy(), bias, dtype, factors)
+    tiles.round(Place(size, 0, places), scale[::-1].copy(), bias, dtype, factors)
     tiles.carry((0, 2 * size), (2 * size, 256), factors)
     # one NaN: its sign and bits depend on the processor
     arrays = [np.where(np.isnan(a), np.float32(7), a) for a in (tiles.errors, tiles.current)]
@@ -356,10 +384,17 @@ def test_kernels_refuse_arrays_that_do_not_fit() -> None:
     """No memory but the arrays' own is touched."""
     fmt = parse_format("int4")
     tiles, scale, bias, factors = hard_tiles(fmt, 1)
-    with pytest.raises(ValueError, match="factors"):
-        tiles.round(0, scale, bias, "F32", factors[:, :128].copy())
-    with pytest.raises(ValueError, match="no group"):
-        tiles.round(256, scale, bias, "F32", factors)
+    places = np.arange(64, dtype=np.uint8)
+    wrong = [
+        (Place(0, 0, places), factors[:, :128].copy(), "factors"),
+        (Place(256, 0, places), factors, "no group"),
+        (Place(0, 256, places), factors, "no group"),
+        (Place(0, 0, places[:32]), factors, "wrong number of places"),
+        (Place(0, 0, places + np.uint8(1)), factors, "no such place"),
+    ]
+    for place, given, what in wrong:
+        with pytest.raises(ValueError, match=what):
+            tiles.round(place, scale, bias, "F32", given)
     with pytest.raises(ValueError, match="no such columns"):
         tiles.carry((0, 64), (64, 272), factors)
     with pytest.raises(ValueError, match="multiple"):

@@ -115,7 +115,67 @@ def test_a_head_of_its_own_is_weighed_and_not_the_embedding(tmp_path: Path) -> N
     assert not by_name["model.embed_tokens.weight"].weightings
 
 
-@pytest.mark.parametrize("config", [{"model_type": "unheard of"}, {"model_type": "bert"}])
+BERT: dict[str, Any] = {"model_type": "bert", "num_hidden_layers": 2}
+ENCODER: dict[str, tuple[str, tuple[int, ...]]] = {
+    "embeddings.word_embeddings.weight": ("F32", (64, 128)),
+    "pooler.dense.weight": ("F32", (128, 128)),
+} | {
+    f"encoder.layer.{n}.{name}.weight": ("F32", shape)
+    for n in range(2)
+    for name, shape in {
+        **{f"attention.self.{p}": (128, 128) for p in ("query", "key", "value")},
+        "attention.output.dense": (128, 128),
+        "intermediate.dense": (192, 128),
+        "output.dense": (128, 192),
+    }.items()
+} | {
+    f"{norm}.{kind}": ("F32", (128,))
+    for kind in ("weight", "bias")
+    for norm in ("embeddings.LayerNorm", *(
+        f"encoder.layer.{n}.{part}.LayerNorm"
+        for n in range(2) for part in ("attention.output", "output")
+    ))
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("start", ["", "bert."])
+@pytest.mark.parametrize("quantize", ["int4", "nvfp4", "int8"])
+def test_inputs_in_an_encoder_are_weighed_by_the_norm_behind_the_last_half(
+    tmp_path: Path, start: str, quantize: str
+) -> None:
+    """Weight and bias of that norm squared; what no norm gives counts alike, in any format."""
+    tensors = {start + name: tensor for name, tensor in ENCODER.items()}
+    by_name = specs(tmp_path, BERT, tensors, quantize)
+    before = {
+        "encoder.layer.0.attention.self.query": "embeddings",
+        "encoder.layer.0.intermediate.dense": "encoder.layer.0.attention.output",
+        "encoder.layer.1.attention.self.value": "encoder.layer.0.output",
+        "encoder.layer.1.intermediate.dense": "encoder.layer.1.attention.output",
+        "pooler.dense": "encoder.layer.1.output",
+    }
+    for name, norm in before.items():
+        spec = by_name[f"{start}{name}.weight"]
+        weight, bias = (f"{start}{norm}.LayerNorm.{kind}" for kind in ("weight", "bias"))
+        assert (spec.method, spec.depends) == ("search", (weight, bias))
+        same(found(tmp_path, spec), values(tmp_path, weight) ** 2 + values(tmp_path, bias) ** 2)
+    for name in ("attention.output.dense", "output.dense"):
+        spec = by_name[f"{start}encoder.layer.1.{name}.weight"]
+        assert (spec.method, spec.weightings) == ("search", ())
+
+
+def test_an_encoder_with_other_names_for_its_norms_has_equal_weights(tmp_path: Path) -> None:
+    """Old checkpoints say gamma and beta."""
+    renamed = {
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+            "LayerNorm.bias", "LayerNorm.beta"
+        ): t
+        for name, t in ENCODER.items()
+    }
+    spec = specs(tmp_path, BERT, renamed, "int4")["encoder.layer.0.intermediate.dense.weight"]
+    assert (spec.method, spec.weightings) == ("search", ())
+
+
+@pytest.mark.parametrize("config", [{"model_type": "unheard of"}, {"model_type": "starcoder2"}])
 def test_without_weights_narrow_affine_formats_are_rounded(
     tmp_path: Path, config: dict[str, Any]
 ) -> None:
@@ -181,6 +241,10 @@ def test_methods_are_refused_beside_other_roundings(tmp_path: Path, options: Opt
 
 def test_a_plan_with_weightings_comes_back_from_json(tmp_path: Path) -> None:
     """Everything decided is plain data."""
-    write_checkpoint(tmp_path / "c", TENSORS, LLAMA)
-    made = plan(tmp_path / "c", quantize="int4", options=SEARCH)
-    assert plan_from_json(plan_to_json(made)) == made
+    for folder, tensors, config in (
+        (tmp_path / "c", TENSORS, LLAMA),
+        (tmp_path / "e", ENCODER, BERT),
+    ):
+        write_checkpoint(folder, tensors, config)
+        made = plan(folder, quantize="int4", options=SEARCH)
+        assert plan_from_json(plan_to_json(made)) == made

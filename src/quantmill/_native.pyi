@@ -58,6 +58,8 @@ def round_columns(
     group_size: int,
     columns: int,
     first: int,
+    group: int,
+    places: ReadableBuffer,
     scales: ReadableBuffer,
     biases: ReadableBuffer,
     factors: ReadableBuffer,

@@ -26,6 +26,9 @@ from quantmill import blas
 _T = TypeVar("_T")
 _Float = npt.NDArray[np.float32]
 
+_MOST = 8
+"""Threads at most: each holds the activations, or the logits, of what it works on."""
+
 _SCORES = 1 << 18
 """Scores of attention that are computed together: they stay in a processor's own cache."""
 
@@ -43,12 +46,12 @@ def on_cpu() -> bool:
 def count() -> int:
     """Threads that `each` has: one for each processor this process may use, where NumPy computes.
 
-    One as well where the threads of NumPy's BLAS cannot be told to stay out of each other's way.
+    One alone where the threads of NumPy's BLAS cannot be told to stay out of each other's way.
     """
     if not on_cpu() or not blas.has_threads():
         return 1
     affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
+    return min(_MOST, len(affinity(0)) if affinity else os.cpu_count() or 1)
 
 
 def each(tasks: Sequence[Callable[[], _T]]) -> list[_T]:

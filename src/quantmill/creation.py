@@ -205,8 +205,7 @@ def _made(
         entries = _entries(base, refs) if recipe.draft else refs
         raw = _publish(store, target, small[0], entries, base)
         provenance.note_recipe(store, digest_of(raw), recipe)
-    made = _created(store, target, decided, raw, written, base)
-    return replace(made, unused=calibrated.unused)
+    return _created(store, target, calibrated, raw, written, base)
 
 
 def _check_memory(decided: Plan, memory: int | None) -> None:
@@ -239,13 +238,14 @@ def _publish(
 
 
 def _created(
-    store: Store, target: ModelName, decided: Plan, raw: bytes, written: Written, base: Base | None
-) -> Created:
+    store: Store, target: ModelName, calibrated: Calibrated, raw: bytes, written: Written,
+    base: Base | None,
+) -> Created:  # fmt: skip
     manifest = parse_manifest(raw, target.display)
     return Created(
-        store.spelling(target), manifest.digest, decided, len(manifest.blobs), written.new_blobs,
-        written.resumed, manifest.total_size, tuple(written.non_finite.items()),
-        base.name if base else None, written.unmeasured,
+        store.spelling(target), manifest.digest, calibrated.plan, len(manifest.blobs),
+        written.new_blobs, written.resumed, manifest.total_size, tuple(written.non_finite.items()),
+        base.name if base else None, written.unmeasured, calibrated.unused,
     )  # fmt: skip
 
 

@@ -26,6 +26,18 @@ _F32 = np.float32
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """Where a group of columns lies, `first` in the order of rounding and `group` in that of codes.
+
+    `places`, uint8 [group], says which place within the group each of its columns has.
+    """
+
+    first: int
+    group: int
+    places: Bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Tiles:
     """Some rows on their way, the last tile filled up with rows of zeros.
 
@@ -55,21 +67,21 @@ class Tiles:
         part = self.current[:, first : first + self.format.group_size]
         return np.ascontiguousarray(part.transpose(0, 2, 1)).reshape(-1, part.shape[1])[:rows]
 
-    def round(self, first: int, scale: Floats, bias: Floats, dtype: str, factors: Floats) -> None:
+    def round(self, place: Place, scale: Floats, bias: Floats, dtype: str, factors: Floats) -> None:
         """Round the columns of a group, each after it got its share of the errors before it.
 
         `scale` and `bias` are float32 [rows], numbers of `dtype` in affine formats.
         """
-        size, tiles = self.format.group_size, len(self.errors)
+        size, tiles, first = self.format.group_size, len(self.errors), place.first
         scale, bias = _padded(scale, tiles, 1), _padded(bias, tiles, 0)
-        arrays = scale, bias, factors, self.errors, self.current, self.codes
-        if kernels.round_columns(dtype, self.format, self.errors.shape[1], first, arrays):
+        arrays = place.places, scale, bias, factors, self.errors, self.current, self.codes
+        columns = self.errors.shape[1]
+        if kernels.round_columns(dtype, self.format, columns, first, place.group, arrays):
             return
         rule = _Rule(self.format, dtype, scale, bias)
         found = np.empty((tiles, size, LANES), np.uint8)
-        for place in range(size):
-            column = first + place
-            found[:, place], values = rule(self.current[:, column])
+        for column, to in enumerate(place.places, first):
+            found[:, to], values = rule(self.current[:, column])
             with np.errstate(invalid="ignore", over="ignore"):
                 lost = self.errors[:, column] - values
                 lost[~np.isfinite(lost)] = 0
@@ -78,7 +90,8 @@ class Tiles:
                 self.current[:, column + 1 : first + size] += lost[:, None] * later[:, None]
         rows = np.ascontiguousarray(found.transpose(0, 2, 1)).reshape(-1, size)
         bits = self.format.bits
-        self.codes[:, first * bits // 8 : (first + size) * bits // 8] = _packed(rows, bits)
+        start = place.group * bits // 8
+        self.codes[:, start : start + size * bits // 8] = _packed(rows, bits)
 
     def carry(self, done: tuple[int, int], to: tuple[int, int], factors: Floats) -> None:
         """Add the errors of columns `done` times their factors to the columns `to`, in order."""

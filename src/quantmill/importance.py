@@ -33,6 +33,11 @@ def importance(weighting: Weighting | None, columns: int, checkpoint: OpenSource
     tensors = checkpoint.source.tensors
     norm = _read(tensors[weighting.norm], checkpoint).astype(np.float64)
     found = np.square(norm + weighting.offset)
+    if weighting.shift:
+        shift = np.square(_read(tensors[weighting.shift], checkpoint).astype(np.float64))
+        if shift.shape != found.shape:
+            return equal
+        found = found + shift
     if weighting.through:
         energies = [_energies(tensors[name], found, checkpoint) for name in weighting.through]
         found = energies[0]

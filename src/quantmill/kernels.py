@@ -202,10 +202,12 @@ def decode(rows: CodedRows, dtype: str) -> memoryview | None:
     return values
 
 
-def round_columns(dtype: str, fmt: Format, columns: int, first: int, arrays: Sequence[Any]) -> bool:
+def round_columns(
+    dtype: str, fmt: Format, columns: int, first: int, group: int, arrays: Sequence[Any]
+) -> bool:
     """Round a group of columns with error feedback; False where the extension is not in use.
 
-    `arrays` are those of `RoundTask` in native/kernels.h, from scales on, of any shape; errors,
+    `arrays` are those of `RoundTask` in native/kernels.h, places first, of any shape; errors,
     current weights and codes are changed in place.
     """
     with_ = in_use()
@@ -213,10 +215,11 @@ def round_columns(dtype: str, fmt: Format, columns: int, first: int, arrays: Seq
         return False
     from quantmill import _native
 
-    scales, biases, factors, errors, current, codes = (array.reshape(-1) for array in arrays)
+    flat = (array.reshape(-1) for array in arrays)
+    places, scales, biases, factors, errors, current, codes = flat
     _native.round_columns(
-        dtype, fmt.mode, fmt.bits, fmt.group_size, columns, first,
-        scales, biases, factors, errors, current, codes, with_,
+        dtype, fmt.mode, fmt.bits, fmt.group_size, columns, first, group,
+        places, scales, biases, factors, errors, current, codes, with_,
     )  # fmt: skip
     return True
 

@@ -186,8 +186,9 @@ class LowRank:
 class Weighting:
     """What weighs the columns of a matrix, by names of source tensors (docs/fidelity.md).
 
-    The norm's weights, `offset` added, squared; through matrices, the energies of their rows under
-    these, multiplied with each other, each block of `head` rows `repeats` times.
+    The norm's weights, `offset` added, squared, and where it has a bias, `shift`, its square added;
+    through matrices, the energies of their rows under these, multiplied with each other, each block
+    of `head` rows `repeats` times.
     """
 
     norm: str
@@ -195,6 +196,12 @@ class Weighting:
     through: tuple[str, ...] = ()
     head: int = 0
     repeats: int = 1
+    shift: str = ""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All source tensors it names."""
+        return (self.norm, *([self.shift] if self.shift else []), *self.through)
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +240,7 @@ class TensorSpec:
     @property
     def depends(self) -> tuple[str, ...]:
         """Names of source tensors that bytes depend on besides `reads`."""
-        return tuple(name for w in self.weightings for name in (w.norm, *w.through))
+        return tuple(name for w in self.weightings for name in w.names)
 
     @property
     def reads(self) -> tuple[str, ...]:

@@ -35,25 +35,34 @@ _PRE_NORMS: Mapping[str, float] = {
     "phi3": 0, "granite": 0, "smollm3": 0, "gemma": 1, "gemma2": 1, "gemma3_text": 1,
 }  # fmt: skip
 
+# Encoders whose norms, with a bias, stand behind attention and MLP: each is what the next reads.
+# Inputs that no norm gives have columns so alike here that equal weights gain in every format.
+_POST_NORMS = frozenset({"bert", "roberta", "xlm-roberta", "camembert"})
+
 _IN_LAYER = re.compile(r"(?P<layer>(?:.*\.)?layers\.[0-9]+\.)(?P<part>.+)\.weight")
 _ATTENTION = re.compile(r"(?P<of>self_attn\.)(?P<what>q|k|v|qkv|o)_proj")
 _MLP = re.compile(
     r"(?P<of>(?:mlp|mlp\.shared_expert|mlp\.experts\.[0-9]+|block_sparse_moe\.experts\.[0-9]+)\.)"
     r"(?P<what>gate_proj|up_proj|gate_up_proj|down_proj|w1|w2|w3)"
 )
+_IN_ENCODER = re.compile(
+    r"(?P<model>(?:.*\.)?)encoder\.layer\.(?P<layer>[0-9]{1,6})\."
+    r"(?:attention\.self\.(?:query|key|value)|(?P<middle>intermediate\.dense))\.weight"
+)
+_POOLER = "pooler.dense.weight"
 _BEFORE_DOWN = {"down_proj": ("gate_proj", "up_proj"), "w2": ("w1", "w3")}
 _NARROW = 4
-"""Affine formats of so many bits or fewer get worse when every column counts the same."""
+"""Affine formats of so many bits or fewer get worse when every column of a decoder counts alike."""
 
 
 def with_methods(plan: Plan, source: Source) -> Plan:
     """The plan with a method for every tensor that gets one, and what weighs its columns.
 
     A tensor whose columns cannot be weighed is searched with equal weights in formats that gain by
-    that, and rounded to nearest in affine formats of 4 bits and fewer, which do not. Raises
-    BadRequest for an unknown method, or beside options of another rounding. A calibrated method
-    is for the weights of the model itself: those of a draft model are searched. Raises BadPlan for
-    a calibrated method of a pipeline.
+    that, and rounded to nearest in affine formats of 4 bits and fewer, which do not but in encoders
+    like BERT. Raises BadRequest for an unknown method, or beside options of another rounding. A
+    calibrated method is for the weights of the model itself: those of a draft model are searched.
+    Raises BadPlan for a calibrated method of a pipeline.
     """
     options = plan.options
     if options.method == RTN:
@@ -86,7 +95,8 @@ def _spec(spec: TensorSpec, source: Source, method: str) -> TensorSpec:
     if fmt is None or spec.transform == RECODE or spec.global_scale:
         return spec
     found = _weightings(spec, source)
-    worse = not found and is_worse_unweighed(fmt)
+    narrow = is_worse_unweighed(fmt)
+    worse = narrow and not found and not _gains_by_equal_weights(spec, source)
     if method in CALIBRATED and not _is_draft(spec, source):
         return replace(spec, method=method, weightings=found, fallback=RTN if worse else SEARCH)
     return spec if worse else replace(spec, method=SEARCH, weightings=found)
@@ -100,6 +110,11 @@ def is_worse_unweighed(fmt: Format) -> bool:
 def _is_draft(spec: TensorSpec, source: Source) -> bool:
     draft = source.draft
     return draft is not None and spec.sources[0].startswith(draft.folder)
+
+
+def _gains_by_equal_weights(spec: TensorSpec, source: Source) -> bool:
+    part, _ = _part_of(spec.sources[0], source)
+    return _kind(_text_config(part)) in _POST_NORMS
 
 
 def _weightings(spec: TensorSpec, source: Source) -> tuple[Weighting, ...]:
@@ -127,29 +142,70 @@ def _part_of(name: str, source: Source) -> tuple[Source, str]:
 
 
 def _placed(weighting: Weighting, folder: str) -> Weighting:
-    through = tuple(folder + name for name in weighting.through)
-    return replace(weighting, norm=folder + weighting.norm, through=through)
+    return replace(
+        weighting,
+        norm=folder + weighting.norm,
+        shift=folder + weighting.shift if weighting.shift else "",
+        through=tuple(folder + name for name in weighting.through),
+    )
+
+
+def _text_config(source: Source) -> Mapping[str, Any]:
+    text = source.config.get("text_config")
+    return text if isinstance(text, dict) and "model_type" in text else source.config
+
+
+def _kind(config: Mapping[str, Any]) -> str:
+    kind = config.get("model_type")
+    return kind if isinstance(kind, str) else ""
 
 
 def _weighting(name: str, source: Source) -> Weighting | None:
-    config = source.config
-    text = config.get("text_config")
-    own = text if isinstance(text, dict) and "model_type" in text else config
-    kind = own.get("model_type")
-    offset = _PRE_NORMS.get(kind) if isinstance(kind, str) else None
-    if offset is None:
+    config = _text_config(source)
+    kind = _kind(config)
+    if kind in _POST_NORMS:
+        found = _of_encoder(name, config)
+    elif kind in _PRE_NORMS:
+        found = _of_decoder(name, config, source, _PRE_NORMS[kind])
+    else:
+        found = None
+    if found is None or not all(_is_plain(n, source) for n in found.names):
         return None
-    found = _of_head(name, source, offset)
+    return found
+
+
+def _of_encoder(name: str, config: Mapping[str, Any]) -> Weighting | None:
+    """Query, key, value, the first half of the MLP and the pooler read a norm each."""
+    inside = _IN_ENCODER.fullmatch(name)
+    if inside is not None:
+        model, number = inside["model"], int(inside["layer"])
+        if inside["middle"]:
+            return _normed(f"{model}encoder.layer.{number}.attention.output.LayerNorm")
+        if number == 0:
+            return _normed(f"{model}embeddings.LayerNorm")
+        return _normed(f"{model}encoder.layer.{number - 1}.output.LayerNorm")
+    layers = config.get("num_hidden_layers")
+    if name.endswith(_POOLER) and isinstance(layers, int):
+        model = name.removesuffix(_POOLER)
+        return _normed(f"{model}encoder.layer.{layers - 1}.output.LayerNorm")
+    return None
+
+
+def _normed(norm: str) -> Weighting:
+    return Weighting(f"{norm}.weight", shift=f"{norm}.bias")
+
+
+def _of_decoder(
+    name: str, config: Mapping[str, Any], source: Source, offset: float
+) -> Weighting | None:
     inside = _IN_LAYER.fullmatch(name)
     if inside is not None:
         layer, part = inside["layer"], inside["part"]
         if attention := _ATTENTION.fullmatch(part):
-            found = _of_attention(layer, attention, own, source, offset)
-        elif mlp := _MLP.fullmatch(part):
-            found = _of_mlp(layer, mlp, source, offset)
-    if found is None or not all(_is_plain(n, source) for n in (found.norm, *found.through)):
-        return None
-    return found
+            return _of_attention(layer, attention, config, source, offset)
+        if mlp := _MLP.fullmatch(part):
+            return _of_mlp(layer, mlp, source, offset)
+    return _of_head(name, source, offset)
 
 
 def _is_plain(name: str, source: Source) -> bool:
