@@ -24,7 +24,7 @@ LAYERS = [
     | {"coded", "floatcodes", "integercodes", "schemes", "prequantized", "hubfiles"}
     | {"pipelines", "adapters", "weightings"}
     | {"ggufnames", "ggufconfig", "gguftokenizer", "ggufcodes"}
-    | {"companions", "quantconfig", "quantparams"},
+    | {"companions", "quantconfig", "quantparams", "allocation", "readers"},
     {
         "files",
         "blobwriter",
@@ -108,6 +108,10 @@ LAYERS = [
         "windows",
         "activations",
         "imatrix",
+        "standins",
+        "branches",
+        "sensitivity",
+        "automatic",
         "reference",
         "divergence",
         "evaluation",
@@ -183,7 +187,8 @@ def test_what_is_stored_is_computed_in_one_module() -> None:
     """MLX's part in `create` sits behind one seam; using models needs MLX's arrays."""
     users = {m for m, tree in MODULES.items() if any(n.startswith("mlx") for n in imports(tree))}
     using_models = {"model", "layers", "mlxlm", "generate", "export", "environment"}
-    using_models |= {"denseweights", "forward", "cpulanes", "divergence"}
+    using_models |= {"denseweights", "standins", "forward", "cpulanes", "divergence"}
+    using_models |= {"branches", "sensitivity"}
     assert users - using_models == {"mlxquantize"}
 
 

@@ -92,8 +92,8 @@ QuantizeOption = Annotated[
         "--quantize",
         "-q",
         metavar="FORMAT",
-        help="int4, int8, nvfp4, mxfp4, mxfp8 or affine-2, -3, -5, -6. "
-        "Without it weights keep their precision.",
+        help="int4, int8, nvfp4, mxfp4, mxfp8 or affine-2, -3, -5, -6; auto with a target: by "
+        "measured effect, which takes minutes. Without it weights keep their precision.",
         autocompletion=_complete_format,
     ),
 ]
@@ -105,6 +105,24 @@ RequantizeOption = Annotated[
         help="For weights that are quantized already: decode them and quantize again, at a cost. "
         "bf16 only decodes.",
         autocompletion=_complete_format,
+    ),
+]
+BpwOption = Annotated[
+    float | None,
+    typer.Option(
+        "--target-bpw", metavar="B", help="For auto: bits per weight, everything stored counted."
+    ),
+]
+SizeOption = Annotated[
+    str | None,
+    typer.Option("--target-size", metavar="BYTES", help="For auto: size, such as 6GB or 4GiB."),
+]
+ForOption = Annotated[
+    str | None,
+    typer.Option(
+        "--for",
+        metavar="mlx-lm|ollama",
+        help="For auto: use only formats that this program reads (mlx-lm).",
     ),
 ]
 ExportRequantizeOption = Annotated[

@@ -16,6 +16,7 @@ import typer
 from quantmill import conversation, evaluating, reporting, sharing, terminal, upkeep
 from quantmill.arguments import (
     SOURCE_HELP,
+    BpwOption,
     CalibrationOption,
     ComponentOption,
     Device,
@@ -23,6 +24,7 @@ from quantmill.arguments import (
     DraftOption,
     DraftQuantizeOption,
     ExportRequantizeOption,
+    ForOption,
     GlobalScaleOption,
     GroupOption,
     ImatrixOption,
@@ -43,6 +45,7 @@ from quantmill.arguments import (
     RestartOption,
     Rounding,
     RoundingOption,
+    SizeOption,
     SourceArgument,
     StoreOption,
     TensorOption,
@@ -58,6 +61,7 @@ if TYPE_CHECKING:
     from quantmill.execute import Progress
     from quantmill.modelfile import Modelfile
     from quantmill.plans import Options
+    from quantmill.recipes import Target
 
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
@@ -100,6 +104,9 @@ def create(
     source: SourceArgument = None,
     quantize: QuantizeOption = None,
     requantize: RequantizeOption = None,
+    target_bpw: BpwOption = None,
+    target_size: SizeOption = None,
+    reader: ForOption = None,
     group_size: GroupOption = None,
     tensor: TensorOption = None,
     modelfile: ModelfileOption = None,
@@ -133,25 +140,16 @@ def create(
     started = time.monotonic()
     with terminal.progress(not quiet and not json_output) as bar:
         created = creation.create(
-            target,
-            folder,
-            store=store_at(store),
-            quantize=quantize,
-            requantize=requantize,
-            group_size=group_size,
-            options=options,
-            modelfile=parsed,
-            draft=draft,
-            draft_quantize=draft_quantize,
-            merge_lora=merge_lora,
-            device=device.value,
-            workers=workers,
-            memory=_memory(memory),
-            restart=restart,
+            target, folder, store=store_at(store),
+            quantize=quantize, requantize=requantize, group_size=group_size, options=options,
+            fit=_target(target_bpw, target_size, reader),
+            modelfile=parsed, draft=draft, draft_quantize=draft_quantize, merge_lora=merge_lora,
+            device=device.value, workers=workers, memory=_memory(memory), restart=restart,
             follow_links=follow_links,
             progress=bar and (lambda e: bar(e.bytes, e.bytes_total, _count(e))),
             fetching=bar and (lambda done, total, what: bar(done, total, f"fetching {what}")),
-        )
+            measuring=bar,
+        )  # fmt: skip
     _tell_created(created, parsed, time.monotonic() - started, quiet, json_output)
 
 
@@ -189,6 +187,20 @@ def _tell_created(
         terminal.print_lines(planreport.created_lines(created, seconds))
 
 
+def _target(bits: float | None, size: str | None, reader: str | None) -> Target | None:
+    """What --quantize auto is to fit; None where nothing is said of it."""
+    from quantmill.pacing import parse_memory
+    from quantmill.recipes import Target
+
+    if bits is None and size is None and reader is None:
+        return None
+    try:
+        nbytes = parse_memory(size) if size is not None else None
+    except ValueError:
+        raise BadRequest(f"{size!r} is no size", hint="for example 6GB or 4GiB") from None
+    return Target(bits, nbytes, reader) if reader else Target(bits, nbytes)
+
+
 def _memory(text: str | None) -> int | None:
     from quantmill.pacing import parse_memory
 
@@ -212,6 +224,9 @@ def plan(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help=SOURCE_HELP)],
     quantize: QuantizeOption = None,
     requantize: RequantizeOption = None,
+    target_bpw: BpwOption = None,
+    target_size: SizeOption = None,
+    reader: ForOption = None,
     group_size: GroupOption = None,
     tensor: TensorOption = None,
     draft: DraftOption = None,
@@ -234,18 +249,21 @@ def plan(
     options = _options(
         tensor, profile, method, e8m0, global_scale, allow_non_finite, calibration, imatrix
     )
-    planned = creation.plan(
-        source,
-        quantize=quantize,
-        requantize=requantize,
-        group_size=group_size,
-        options=options,
-        draft=draft,
-        draft_quantize=draft_quantize,
-        merge_lora=merge_lora,
-        store=store_at(store),
-        follow_links=follow_links,
-    )
+    with terminal.progress(not json_output, counted="steps") as bar:
+        planned = creation.plan(
+            source,
+            quantize=quantize,
+            requantize=requantize,
+            group_size=group_size,
+            options=options,
+            draft=draft,
+            draft_quantize=draft_quantize,
+            fit=_target(target_bpw, target_size, reader),
+            merge_lora=merge_lora,
+            store=store_at(store),
+            follow_links=follow_links,
+            measuring=bar,
+        )
     free = store_at(store).free_bytes()
     if json_output:
         terminal.print_json(planreport.plan_json(planned, free))

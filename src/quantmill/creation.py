@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from quantmill import mediatypes, modelconfig, pipelines, provenance, strictjson
 from quantmill.adaptersource import with_adapter
@@ -26,12 +27,15 @@ from quantmill.pacing import pace
 from quantmill.parts import naming
 from quantmill.planner import make_plan, merge_plans, plan_part
 from quantmill.plans import CALIBRATED, IMATRIX, Options, Plan
-from quantmill.recipes import Recipe, Request
+from quantmill.recipes import Recipe, Request, Target
 from quantmill.source import ADAPTER, CONFIG, DRAFT, MODEL, MODEL_INDEX, OpenSource, Source
 from quantmill.space import require_space
 from quantmill.store import Store
 from quantmill.version import __version__
 from quantmill.weightings import with_methods
+
+if TYPE_CHECKING:
+    from quantmill.model import Model
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,21 +71,25 @@ def plan(
     draft: str | Path | None = None,
     draft_quantize: str | None = None,
     merge_lora: str | Path | None = None,
+    fit: Target | None = None,
     store: Store | None = None,
     follow_links: bool = False,
     fetching: Report | None = None,
+    measuring: Report | None = None,
 ) -> Plan:
     """Everything that `create` would do with this checkpoint directory, and nothing done.
 
     `quantize` names a format, None keeps source precision; `group_size` replaces the format's own.
     `requantize` does the same to weights that are quantized already, which are decoded first;
     "bf16" only decodes them. `store` matters for a `draft` only, whose base may lie there. Reads
-    headers and small files only. Raises BadSource, BadRequest and BadPlan as `create` does.
+    headers and small files only, unless "auto" measures formats that `fit` a target, which runs the
+    model (`measuring` is told how far). Raises BadSource, BadRequest and BadPlan as `create` does.
     """
-    request = Request(quantize, group_size, requantize, draft_quantize)
+    request = Request(quantize, group_size, requantize, draft_quantize, fit)
     recipe = Recipe(source, request, options or Options(), None, draft, merge_lora, follow_links)
     with opened(recipe, stored_base_of(store or Store(), recipe), fetching) as checkpoint:
-        return plan_for(checkpoint.source, request, recipe.options)
+        recipe = resolved(recipe, checkpoint, measuring)
+        return plan_for(checkpoint.source, recipe.request, recipe.options)
 
 
 def plan_for(source: Source, request: Request, options: Options | None = None) -> Plan:
@@ -134,6 +142,7 @@ def create(
     draft: str | Path | None = None,
     draft_quantize: str | None = None,
     merge_lora: str | Path | None = None,
+    fit: Target | None = None,
     device: str = "cpu",
     workers: int | None = None,
     memory: int | None = None,
@@ -141,6 +150,7 @@ def create(
     follow_links: bool = False,
     progress: Callable[[Progress], None] | None = None,
     fetching: Report | None = None,
+    measuring: Report | None = None,
 ) -> Created:
     """Import a checkpoint into the store under `name`, quantized on the way.
 
@@ -154,32 +164,47 @@ def create(
 
     `draft` is a draft model to store with the model, in the format `draft_quantize`. `source` may
     then name a stored model, whose blobs are used as they are. `merge_lora` is the directory of a
-    LoRA adapter that is added to the weights, in float32, before they are quantized.
+    LoRA adapter that is added to the weights, in float32, before they are quantized. With
+    `quantize` (or `requantize`) "auto" the formats `fit` a target (docs/fidelity.md).
 
     Raises BadName, BadRequest, BadSource, BadWeights, BadPlan, OverBudget and StoreError.
     """
     target = as_name(name)
     store = store or Store()
-    request = Request(quantize, group_size, requantize, draft_quantize)
+    request = Request(quantize, group_size, requantize, draft_quantize, fit)
     draft = draft or (modelfile.draft if modelfile else None)
     options = on_device(device, options or Options())
     recipe = Recipe(source, request, options, modelfile, draft, merge_lora, follow_links)
     base = stored_base_of(store, recipe)
     with opened(recipe, base, fetching) as checkpoint:
-        decided = plan_for(checkpoint.source, request, options)
+        recipe = resolved(recipe, checkpoint, measuring)
+        decided = plan_for(checkpoint.source, recipe.request, recipe.options)
         _check_memory(decided, memory)
         chosen = pace(decided, checkpoint.source.tensors, workers, memory)
         run = partial(write_blobs, pace=chosen, restart=restart, progress=progress)
-        with calibrating(decided, recipe, checkpoint) as calibrated, store.writing():
-            decided = calibrated.plan
-            additions = small_blobs(checkpoint, decided, modelfile, base)
-            run = partial(run, decided, checkpoint, store, stages=calibrated.stages)
-            require_space(store, decided, checkpoint, sum(len(data) for *_, data in additions))
-            written, small = _write_all(store, additions, run)
-            refs = [*written.refs, *small[1:]]
-            entries = _entries(base, refs) if draft else refs
-            raw = _publish(store, target, small[0], entries, base)
-            provenance.note_recipe(store, digest_of(raw), recipe)
+        return _made(store, target, decided, recipe, checkpoint, base, run)
+
+
+def _made(
+    store: Store,
+    target: ModelName,
+    decided: Plan,
+    recipe: Recipe,
+    checkpoint: OpenSource,
+    base: Base | None,
+    write: Callable[..., Written],
+) -> Created:
+    """Calibrate where the method asks for it, write everything, the manifest last."""
+    with calibrating(decided, recipe, checkpoint) as calibrated, store.writing():
+        decided = calibrated.plan
+        additions = small_blobs(checkpoint, decided, recipe.modelfile, base)
+        run = partial(write, decided, checkpoint, store, stages=calibrated.stages)
+        require_space(store, decided, checkpoint, sum(len(data) for *_, data in additions))
+        written, small = _write_all(store, additions, run)
+        refs = [*written.refs, *small[1:]]
+        entries = _entries(base, refs) if recipe.draft else refs
+        raw = _publish(store, target, small[0], entries, base)
+        provenance.note_recipe(store, digest_of(raw), recipe)
     return _created(store, target, calibrated, raw, written, base)
 
 
@@ -237,15 +262,37 @@ def calibrating(decided: Plan, recipe: Recipe, checkpoint: OpenSource) -> Iterat
 
     blas.preload()  # before anything loads MLX
     from quantmill.calibrating import calibrated
+
+    options = recipe.options
+    with _unquantized(recipe, checkpoint.source) as model:
+        yield calibrated(decided, checkpoint, model, options.calibration or options.imatrix)
+
+
+@contextmanager
+def _unquantized(recipe: Recipe, source: Source) -> Iterator[Callable[[], Model]]:
+    """What opens the model that a recipe quantizes, as it is."""
     from quantmill.unquantized import unquantized
 
-    place, options = locate(recipe.source), recipe.options
+    place = locate(recipe.source)
 
     def stored(own: Store) -> ModelName:
         return create("reference", place, store=own, merge_lora=recipe.merge_lora).name
 
-    with unquantized(place, checkpoint.source, stored) as model:
-        yield calibrated(decided, checkpoint, model, options.calibration or options.imatrix)
+    with unquantized(place, source, stored) as model:
+        yield model
+
+
+def resolved(recipe: Recipe, checkpoint: OpenSource, report: Report | None = None) -> Recipe:
+    """The recipe itself, or for `auto` the one that measuring the model gives (automatic.py)."""
+    if not recipe.request.is_auto:
+        return recipe
+    from quantmill import blas
+
+    blas.preload()  # before anything loads MLX
+    from quantmill.automatic import resolved as measured
+
+    with _unquantized(recipe, checkpoint.source) as model:
+        return measured(recipe, checkpoint, model, plan_for, report)
 
 
 def stored_base_of(store: Store, recipe: Recipe) -> Base | None:

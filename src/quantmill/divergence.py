@@ -105,9 +105,9 @@ def compare(model: Passed, reference: Reference, progress: _Step | None = None) 
 
     def part(some: slice) -> tuple[Heads, Heads, _Double]:
         ours, theirs = _logits(model, some), _logits(reference.passed, some)
-        heads = _heads_of(ours, following[some])
-        other = known.part(some) if known else _heads_of(theirs, following[some])
-        return heads, other, _divergence(ours, theirs, heads, other)
+        heads = heads_of(ours, following[some])
+        other = known.part(some) if known else heads_of(theirs, following[some])
+        return heads, other, divergence_of(ours, theirs, heads, other)
 
     found = _in_parts(part, windows, [model, reference.passed], progress)
     heads = _joined([ours for ours, _, _ in found])
@@ -127,7 +127,7 @@ def _heads(model: Passed, windows: npt.NDArray[np.integer[Any]], progress: _Step
     following = _following(windows)
 
     def part(some: slice) -> Heads:
-        return _heads_of(_logits(model, some), following[some])
+        return heads_of(_logits(model, some), following[some])
 
     return _joined(_in_parts(part, windows, [model], progress))
 
@@ -184,7 +184,8 @@ def _rows(logits: _Float) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, len(logits), step))
 
 
-def _heads_of(logits: _Float, following: npt.NDArray[np.int64]) -> Heads:
+def heads_of(logits: _Float, following: npt.NDArray[np.int64]) -> Heads:
+    """What logits [positions, vocabulary] say, and of the tokens that came next [positions]."""
     top = logits.argmax(axis=-1)
     highest = logits[np.arange(len(logits)), top]
     total = np.empty(len(logits))
@@ -195,7 +196,7 @@ def _heads_of(logits: _Float, following: npt.NDArray[np.int64]) -> Heads:
     return Heads(top, highest, total, np.log(total) + (highest - chosen))
 
 
-def _divergence(ours: _Float, theirs: _Float, mine: Heads, other: Heads) -> _Double:
+def divergence_of(ours: _Float, theirs: _Float, mine: Heads, other: Heads) -> _Double:
     """Sum p_ref (l_ref - l) - ln Z_ref + ln Z, with logits l: no logarithm of each p is needed."""
     apart = np.empty(len(ours))
     for rows in _rows(ours):

@@ -407,6 +407,8 @@ def recorded(plan: Plan) -> dict[str, object]:
         found["allow_non_finite"] = True
     if options.method != RTN:
         found["method"] = options.method
+    if options.automatic is not None:
+        found["auto"] = asdict(options.automatic)
     if plan.calibration is not None:
         found["calibration"] = {
             k: v for k, v in asdict(plan.calibration).items() if v not in ("", 0)

@@ -9,9 +9,9 @@ first only note what they are called with, and later give back what they were co
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,12 +19,24 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 from mlx import nn
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 from quantmill import cpulanes, mlxlm
 from quantmill.denseweights import DenseWeights, StoredWeight
 from quantmill.errors import BadPlan, BadRequest
 from quantmill.model import Model
+from quantmill.standins import (
+    Call,
+    Odd,
+    Seen,
+    Stations,
+    Table,
+    Watch,
+    by_expert,
+    replace_class,
+    watch_experts,
+    watch_linear,
+)
 
 Windows = npt.NDArray[np.integer[Any]]
 """Token ids [windows, length]."""
@@ -53,165 +65,8 @@ class Given:
 Observe = Callable[[Sequence[Given]], None]
 """Told of every step of a block: the inputs of its linear layers."""
 
-
-# -- in the place of mlx-lm's modules --------------------------------------------------------------
-
-
-_Seen = tuple[str, mx.array, mx.array | None]
-"""Path of a layer, its input, and for experts which of them each row is for."""
-
-
-@dataclass(slots=True)
-class _Watch:
-    """What the layers of the block at work were given, in the order of their calls in a thread."""
-
-    on: bool = False
-    here: threading.local = field(default_factory=threading.local)
-
-    def note(self, path: str, x: mx.array, indices: mx.array | None = None) -> None:
-        if self.on:
-            self.here.__dict__.setdefault("seen", []).append((path, x, indices))
-
-    def take(self) -> list[_Seen]:
-        found: list[_Seen] = self.here.__dict__.pop("seen", [])
-        return found
-
-
-class _Table(nn.Module):
-    """An embedding: rows are dequantized when they are looked up, the whole for a tied head."""
-
-    def __init__(self, stored: StoredWeight, path: str, watch: _Watch) -> None:
-        super().__init__()
-        self._stored, self._path, self._watch = stored, path, watch
-        self._dense: mx.array | None = None
-
-    @property
-    def weight(self) -> mx.array:
-        """The table as float32 [rows, columns]; some heads multiply by it themselves."""
-        if self._dense is None:
-            self._dense = self._stored.dense()
-        return self._dense
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return self._stored.rows(x)
-
-    def as_linear(self, x: mx.array) -> mx.array:
-        self._watch.note(self._path, x)
-        return cpulanes.product(x, self.weight)
-
-
-def _replace_class(module: nn.Module, call: Callable[..., Any]) -> None:
-    """Have a module called through `call`, which gets the class's own way to be called first."""
-    kind = type(module)
-
-    def __call__(self: Any, *args: Any, **others: Any) -> Any:  # noqa: N807
-        return call(lambda *a, **o: kind.__call__(self, *a, **o), *args, **others)
-
-    module.__class__ = type(kind.__name__, (kind,), {"__call__": __call__})
-
-
-def _watch_linear(module: nn.Module, path: str, watch: _Watch) -> None:
-    plain = type(module) is nn.Linear
-
-    def call(own: Callable[..., mx.array], x: mx.array) -> mx.array:
-        watch.note(path, x)
-        if not plain:
-            return own(x)
-        y = cpulanes.product(x, module["weight"])
-        return y + module["bias"] if "bias" in module else y
-
-    _replace_class(module, call)
-
-
-def _watch_experts(module: nn.Module, path: str, watch: _Watch) -> None:
-    """Experts one after the other: MLX's own product on a CPU takes a row at a time."""
-
-    def call(own: object, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
-        del own, sorted_indices
-        watch.note(path, x, indices)
-        weight: mx.array = module["weight"]
-        parts, places = [], []
-        for expert, rows, values in _by_expert(x, indices):
-            parts.append(cpulanes.product(values, weight[expert]))
-            places.append(rows)
-        back = mx.array(np.argsort(np.concatenate(places)))
-        y = mx.concatenate(parts)[back].reshape(*indices.shape, 1, weight.shape[1])
-        return y + mx.expand_dims(module["bias"][indices], -2) if "bias" in module else y
-
-    _replace_class(module, call)
-
-
-def _by_expert(
-    x: mx.array, indices: mx.array
-) -> Iterator[tuple[int, npt.NDArray[np.int64], mx.array]]:
-    """Expert, places among the flattened indices, and its rows [tokens, columns]."""
-    columns = x.shape[-1]
-    flat = mx.broadcast_to(x[..., 0, :], (*indices.shape, columns)).reshape(-1, columns)
-    chosen = cpulanes.values(indices)[0].reshape(-1)
-    for expert in np.unique(chosen):
-        rows = np.flatnonzero(chosen == expert)
-        yield int(expert), rows, flat[mx.array(rows)]
-
-
-@dataclass(slots=True)
-class _Call:
-    """What a block is called with beside the hidden states."""
-
-    args: tuple[Any, ...]
-    others: dict[str, Any]
-
-
-class _Odd(Exception):
-    """An architecture does something between its blocks, which a pass by blocks would miss."""
-
-
-class _Stations:
-    """What blocks do when mlx-lm's code calls them: note the call, or give back a result."""
-
-    def __init__(self, blocks: Sequence[nn.Module]) -> None:
-        self.calls: list[_Call] = []
-        self.first: mx.array | None = None
-        self.last: mx.array | None = None
-        self.running = False
-        self._given: mx.array | None = None
-        for index, block in enumerate(blocks):
-            _replace_class(block, self._station(index))
-
-    def _station(self, index: int) -> Callable[..., Any]:
-        def call(own: Callable[..., Any], h: mx.array, *args: Any, **others: Any) -> Any:
-            if self.running:
-                return own(h, *args, **others)
-            if self.last is not None:  # the pass is over: what follows the blocks goes on with this
-                return self.last
-            return self._noted(index, h, _Call(args, others))
-
-        return call
-
-    def _noted(self, index: int, h: mx.array, called: _Call) -> mx.array:
-        """A stand-in for the block's result: one number everywhere, which the next must be given.
-
-        By its value and not only by being the same object, since MLX's arrays can be changed in
-        place: `h *= 2` between two blocks must be noticed.
-        """
-        if index != len(self.calls):
-            raise _Odd
-        if index == 0:
-            self.first = h + 0  # of its own, whatever happens to the caller's
-        elif h is not self._given or h[0, 0, 0].item() != index:
-            raise _Odd
-        self.calls.append(called)
-        self._given = mx.broadcast_to(mx.array(index + 1.0), h.shape)
-        return self._given
-
-    def record(self, run: Callable[[], Any], count: int) -> tuple[mx.array, list[_Call]]:
-        """The first block's input and every block's call, while `run` calls them in order."""
-        self.calls, self.first, self.last = [], None, None
-        run()
-        found, first = self.calls, self.first
-        self.calls, self.first, self._given = [], None, None
-        if first is None or len(found) != count:
-            raise _Odd
-        return first, found
+States = list[mx.array]
+"""Hidden states of all windows, some windows at a time: float32 [windows, length, hidden] each."""
 
 
 # -- the pass --------------------------------------------------------------------------------------
@@ -223,7 +78,63 @@ class _Stream:
 
     tokens: mx.array
     hidden: mx.array
-    calls: list[_Call]
+    calls: list[Call]
+
+
+class Block:
+    """A block whose weights are in place, for states that go through it beside the pass itself."""
+
+    def __init__(
+        self, module: nn.Module, prefix: str, calls: Sequence[Call], before: States
+    ) -> None:
+        self._module, self._prefix, self._calls = module, prefix, calls
+        self.before = before
+        """What the pass itself gave the block."""
+        parameters: Any = tree_flatten(module.parameters())
+        self.weights: dict[str, mx.array] = {prefix + name: array for name, array in parameters}
+        """Its parameters in float32, by mlx-lm's names."""
+
+    def send(self, ways: Iterable[tuple[States, Mapping[str, mx.array]]]) -> Iterator[States]:
+        """The states after the block for each way through it: states before, weights replaced.
+
+        The weights of a way hold for it alone. No more of `ways` is asked for than is computed
+        together: as many as there are threads, or one where weights are replaced.
+        """
+        waiting: list[States] = []
+        for states, replaced in ways:
+            if not replaced:
+                waiting.append(states)
+                if len(waiting) >= cpulanes.count():
+                    yield from self._sent(waiting)
+                    waiting = []
+                continue
+            yield from self._sent(waiting)
+            waiting = []
+            mx.eval(replaced)
+            self._put(replaced)
+            yield from self._sent([states])
+            self._put({name: self.weights[name] for name in replaced})
+        yield from self._sent(waiting)
+
+    def _sent(self, some: Sequence[States]) -> list[States]:
+        tasks = [
+            partial(_through, self._module, hidden, call)
+            for states in some
+            for hidden, call in zip(states, self._calls, strict=True)
+        ]
+        found = cpulanes.each(tasks)
+        count = len(self._calls)
+        return [found[start : start + count] for start in range(0, len(found), count)]
+
+    def _put(self, weights: Mapping[str, mx.array]) -> None:
+        own = [(name.removeprefix(self._prefix), array) for name, array in weights.items()]
+        self._module.update(tree_unflatten(own))
+
+
+def _through(block: nn.Module, hidden: mx.array, call: Call) -> mx.array:
+    after: mx.array = block(hidden, *call.args, **call.others)
+    cpulanes.values(after)
+    return after
 
 
 class Forward:
@@ -253,14 +164,18 @@ class Forward:
         self._prefix = f"{path}."
         self._weights = DenseWeights(model, self._target)
         self._names = mlxlm.stored_names(model)
-        self._watch = _Watch()
+        self._watch = Watch()
         self._model_where = model.where
-        embedding = f"{self._prefix}embed_tokens"
-        self.vocabulary = self._vocabulary(embedding)
+        modules: dict[str, Any] = dict(self._target.named_modules())
+        heads = [path for path in modules if path.endswith("lm_head")]
+        self._head = f"{heads[0]}.weight" if heads else ""
+        self._head_module: Any = modules[heads[0]] if heads else None
+        self._table = self._weights.take(self.embedding)
+        self.vocabulary = self._vocabulary()
         """Rows of the head: tokens that a logit is computed for."""
-        table = self._weights.take(f"{embedding}.weight")
-        self._check(windows, table.weight.shape[0])
-        self._inner.embed_tokens = _Table(table, embedding, self._watch)
+        self._check(windows, self._table.weight.shape[0])
+        path = self.embedding.removesuffix(".weight")
+        self._inner.embed_tokens = Table(self._table, path, self._watch)
         self._blocks: list[nn.Module] = list(self._inner.layers)
         self._weights.fill(self._inner, self._prefix, [f"{self._prefix}layers."])
         self._prepare()
@@ -270,26 +185,37 @@ class Forward:
         """Blocks."""
         return len(self._blocks)
 
-    def step(self, index: int, observe: Observe | None = None) -> None:
+    def step(
+        self,
+        index: int,
+        observe: Observe | None = None,
+        beside: Callable[[Block], None] | None = None,
+    ) -> None:
         """Send all windows through a block; they must be taken in order, each once.
 
-        `observe` is told of the inputs of its linear layers, some windows at a time.
+        `observe` is told of the inputs of its linear layers, some windows at a time. `beside` is
+        then given the block, to send other states through it before its weights are let go of.
         """
         block = self._blocks[index]
         placeholders = block.parameters()
-        self._weights.fill(block, f"{self._prefix}layers.{index}.")
+        self._weights.fill(block, self._of_block(index))
+        before = self.states
         self._stations.running, self._watch.on = True, observe is not None
         mx.eval(
             _arrays(block),
             [_arrays((s.calls[index].args, s.calls[index].others)) for s in self._streams],
         )
-        tasks = [partial(self._through, block, index, stream) for stream in self._streams]
+        tasks = [partial(self._noted, block, index, stream) for stream in self._streams]
         lanes = len(tasks) if observe is None else cpulanes.count()
         for start in range(0, len(tasks), lanes):
             for seen in cpulanes.each(tasks[start : start + lanes]):
                 if observe is not None:
                     observe(self._given(seen))
-        self._stations.running = self._watch.on = False
+        self._watch.on = False
+        if beside is not None:
+            calls = [stream.calls[index] for stream in self._streams]
+            beside(Block(block, self._of_block(index), calls, before))
+        self._stations.running = False
         block.update(placeholders)  # never computed: what was in their place is let go of
 
     def finish(self, observe: Observe | None = None) -> npt.NDArray[np.float32]:
@@ -300,17 +226,14 @@ class Forward:
         """
         self._weights.fill(self._target, "", [self._prefix])
         self._weights.check_used()
-        found = []
-        for stream in self._streams:
-            self._stations.last = stream.hidden
-            found.append(np.array(self._inner(stream.tokens)))
-            if observe is not None:
+        found = self.final(self.states)
+        if observe is not None:
+            for hidden in found:
                 self._watch.on = True
-                self.logits(found[-1])  # not computed: only the head's input is looked at
+                self.logits(hidden)  # not computed: only the head's input is looked at
                 self._watch.on = False
                 observe(self._given(self._watch.take()))
-        self._streams = []
-        self._stations.last = None
+        self._streams = [_Stream(stream.tokens, mx.array(0.0), []) for stream in self._streams]
         return np.concatenate(found)
 
     def logits(self, hidden: npt.NDArray[np.float32] | mx.array) -> mx.array:
@@ -323,9 +246,79 @@ class Forward:
         found: mx.array = self._target(flat)
         return found.reshape(*states.shape[:-1], -1)
 
+    # -- for states that go another way ------------------------------------------------------------
+
+    @property
+    def states(self) -> States:
+        """The hidden states so far."""
+        return [stream.hidden for stream in self._streams]
+
+    def block_of(self, name: str) -> int | None:
+        """The block that a parameter of mlx-lm's name belongs to, None for those outside."""
+        inside = name.removeprefix(f"{self._prefix}layers.")
+        number = inside.partition(".")[0]
+        return int(number) if inside != name and number.isdecimal() else None
+
+    @property
+    def embedding(self) -> str:
+        """What mlx-lm calls the weight of the embedding."""
+        return f"{self._prefix}embed_tokens.weight"
+
+    @property
+    def head(self) -> str:
+        """What it calls that of the head; the embedding's where the two are one."""
+        return self._head or self.embedding
+
+    def embedding_weight(self) -> mx.array:
+        """The embedding in float32 [tokens, hidden]."""
+        return self._table.dense()
+
+    def head_weight(self) -> mx.array:
+        """The head's weight in float32 [vocabulary, hidden]; there after `finish`."""
+        weight: mx.array = self._head_module["weight"] if self._head else self._table.dense()
+        return weight
+
+    def embedded(self, table: mx.array) -> States:
+        """The first block's input where the embedding is `table`."""
+        with self._with_table(StoredWeight(table)):
+            return [self._begin(stream.tokens).hidden for stream in self._streams]
+
+    def final(self, states: States) -> list[npt.NDArray[np.float32]]:
+        """What the head is given for states after the last block."""
+        found = []
+        for stream, hidden in zip(self._streams, states, strict=True):
+            self._stations.last = hidden
+            found.append(np.array(self._inner(stream.tokens)))
+        self._stations.last = None
+        return found
+
+    @contextmanager
+    def _with_table(self, stored: StoredWeight) -> Iterator[None]:
+        own = self._inner.embed_tokens
+        path = self.embedding.removesuffix(".weight")
+        self._inner.embed_tokens = Table(stored, path, self._watch)
+        try:
+            yield
+        finally:
+            self._inner.embed_tokens = own
+
+    @contextmanager
+    def with_head(self, weight: mx.array) -> Iterator[None]:
+        """Have `logits` use a weight [vocabulary, hidden] in the place of `head_weight`."""
+        if not self._head:
+            with self._with_table(StoredWeight(weight)):
+                yield
+            return
+        own = self._head_module["weight"]
+        self._head_module.update({"weight": weight})
+        try:
+            yield
+        finally:
+            self._head_module.update({"weight": own})
+
     # -- inside ------------------------------------------------------------------------------------
 
-    def _through(self, block: nn.Module, index: int, stream: _Stream) -> list[_Seen]:
+    def _noted(self, block: nn.Module, index: int, stream: _Stream) -> list[Seen]:
         """Send some windows through a block; what its layers were given."""
         self._watch.take()
         call = stream.calls[index]
@@ -335,10 +328,11 @@ class Forward:
         stream.hidden = hidden
         return seen
 
-    def _vocabulary(self, embedding: str) -> int:
-        names = [f"{path}.weight" for path, _ in self._target.named_modules()]
-        head = next((n for n in names if n.endswith("lm_head.weight")), "")
-        return self._weights.rows(head) or self._weights.rows(f"{embedding}.weight") or 0
+    def _vocabulary(self) -> int:
+        return self._weights.rows(self._head) or int(self._table.weight.shape[0])
+
+    def _of_block(self, index: int) -> str:
+        return f"{self._prefix}layers.{index}."
 
     def _check(self, windows: Windows, rows: int) -> None:
         if windows.ndim != 2 or not windows.size:
@@ -355,27 +349,27 @@ class Forward:
 
         for path, module in self._target.named_modules():
             if isinstance(module, SwitchLinear):
-                _watch_experts(module, path, self._watch)
+                watch_experts(module, path, self._watch)
             elif isinstance(module, nn.Linear):
-                _watch_linear(module, path, self._watch)
-        self._stations = _Stations(self._blocks)
+                watch_linear(module, path, self._watch)
+        self._stations = Stations(self._blocks)
 
         def call(own: Callable[..., Any], inputs: mx.array, *args: Any, **others: Any) -> Any:
             # hidden states go straight to the head
             is_hidden = mx.issubdtype(inputs.dtype, mx.floating)
             return inputs if is_hidden else own(inputs, *args, **others)
 
-        _replace_class(self._inner, call)
+        replace_class(self._inner, call)
 
     def _begin(self, tokens: mx.array) -> _Stream:
         try:
             first, calls = self._stations.record(lambda: self._inner(tokens), len(self._blocks))
-        except (_Odd, TypeError, ValueError, AttributeError, IndexError) as error:
+        except (Odd, TypeError, ValueError, AttributeError, IndexError) as error:
             raise _no_blocks(self._model_where, self._kind) from error
         mx.eval(first)
         return _Stream(tokens, first, calls)
 
-    def _given(self, seen: Sequence[_Seen]) -> list[Given]:
+    def _given(self, seen: Sequence[Seen]) -> list[Given]:
         """What was noted, one for each input and expert."""
         groups: dict[tuple[int, int], list[int]] = {}
         for place, (_, x, indices) in enumerate(seen):
@@ -388,7 +382,7 @@ class Forward:
                 own = tuple(dict.fromkeys(n[0] for n in names if n))
                 found.append(Given(own, np.asarray(x).reshape(-1, x.shape[-1])))
                 continue
-            for expert, _, values in _by_expert(x, indices):
+            for expert, _, values in by_expert(x, indices):
                 mx.eval(values)
                 found += _of_expert(names, expert, np.asarray(values))
         return [given for given in found if given.names]

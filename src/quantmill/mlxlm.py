@@ -250,6 +250,18 @@ def _sanitized(target: nn.Module, weights: dict[str, mx.array]) -> dict[str, mx.
 # latent attention's (DeepSeek, Kimi, GLM), which mlx-lm absorbs into two other matrices.
 _TRANSPOSED = (".kv_b_proj.weight",)
 
+
+def is_transposed(name: str) -> bool:
+    """Whether mlx-lm's class transposes parts of a weight, whose rows are then no rows any more."""
+    return name.endswith(_TRANSPOSED)
+
+
+def shapes_of(target: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shapes of a module's parameters by name."""
+    parameters: Any = tree_flatten(target.parameters())
+    return {name: tuple(array.shape) for name, array in parameters}
+
+
 # Files that describe the quantization of the source and not of what was made of it.
 _STALE = frozenset({"hf_quant_config.json", "quant_config.json", "quantize_config.json"})
 

@@ -379,6 +379,8 @@ def _of_decoded(tensor: SourceTensor, decision: Decision) -> Decision:
 
 def _overridden(tensor: SourceTensor, override: Override, prefix: str) -> Decision:
     fmt, asked = override.format, f"--tensor {override.pattern}"
+    if override.why:
+        return Decision(fmt, "auto", override.why)
     if fmt is None:
         return Decision(None, "override", f"kept by {asked}")
     problem = _misfit(tensor, fmt)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from quantmill.plans import CODES, IMATRIX, MIXED, RANDOM, RECODE, RTN, TEXT, ZERO
@@ -26,6 +27,7 @@ def plan_json(plan: Plan, free_bytes: int | None = None) -> dict[str, Any]:
         "needed_bytes": plan.needed_bytes,
         "free_bytes": free_bytes,
         "bits_per_weight": round(plan.bits_per_weight, 4),
+        "auto": asdict(plan.options.automatic) if plan.options.automatic else None,
         "tensors": [_spec_json(spec) for spec in plan.tensors],
         "plan": plan_to_json(plan),
     }
@@ -93,10 +95,26 @@ def plan_summary(plan: Plan, free_bytes: int | None = None) -> list[str]:
         + (f", free: {bytes_text(free_bytes)}" if free_bytes is not None else ""),
     ]
     lines += [f"method {_method(plan)}"] if plan.options.method != RTN else []
+    lines += automatic_lines(plan)
     lines += scheme_lines(plan)
     lines += _dropped_lines(plan)
     lines += [f"left out: file {f.name} ({f.reason})" for f in plan.files if not f.media_type]
     return lines
+
+
+def automatic_lines(plan: Plan) -> list[str]:
+    """What `auto` was asked for, predicted and measured."""
+    found = plan.options.automatic
+    if found is None:
+        return []
+    line = (
+        f"auto for {found.reader}, {found.target}: KL per token predicted {found.predicted:.4f}, "
+        f"measured {found.measured:.4f}"
+    )
+    if found.uniform_measured is not None:
+        line += f" ({found.uniform} for all {found.uniform_measured:.4f})"
+    more = ["auto: a larger target would change nothing"] if found.exhausted else []
+    return [line, *more]
 
 
 def _method(plan: Plan) -> str:
@@ -179,6 +197,7 @@ def created_json(created: Created, ignored: Sequence[str] = ()) -> dict[str, Any
         "resumed": created.resumed,
         "profile": plan.options.profile,
         "method": plan.options.method,
+        "auto": asdict(plan.options.automatic) if plan.options.automatic else None,
         "unmeasured": list(created.unmeasured),
         "unused": list(created.unused),
         "tensors": len(plan.tensors),
@@ -211,6 +230,7 @@ def created_lines(created: Created, seconds: float) -> list[str]:
         f"{plural(created.entries, 'entry').replace('entrys', 'entries')}, "
         f"{created.new_blobs} new tensor blobs{resumed}, {how}, "
         f"manifest {created.digest.short}",
+        *automatic_lines(plan),
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -54,10 +55,38 @@ DEVICE_PROFILES = ("metal", "cuda")
 
 @dataclass(frozen=True, slots=True)
 class Override:
-    """A user's rule: tensors whose name fits `pattern` get `format`, None meaning keep."""
+    """A user's rule: tensors whose name fits `pattern` get `format`, None meaning keep.
+
+    Rules that `auto` found say `why`.
+    """
 
     pattern: str
     format: Format | None
+    why: str = ""
+
+
+def exactly(name: str) -> str:
+    """The pattern that fits this name and no other."""
+    return re.sub(r"([*?[])", r"[\1]", name)
+
+
+@dataclass(frozen=True, slots=True)
+class Automatic:
+    """What `auto` was asked for and found: divergences in nats per token.
+
+    `predicted` and `measured` are of the formats chosen, `uniform_measured` of the best single
+    format of no more bytes, `uniform`, where one fits. `tokens` is the digest of the windows
+    measured with. `exhausted` says that a larger target would have changed nothing.
+    """
+
+    reader: str
+    target: str
+    predicted: float
+    measured: float
+    uniform: str
+    uniform_measured: float | None
+    tokens: str
+    exhausted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +96,7 @@ class Options:
     `profile` is whose rounding is followed: `mlx-cpu`, `gpu` for that of MLX's Metal kernels in
     software, `metal` or `cuda` for that of the device that does the work. `method` is how codes and
     scales are chosen; `calibration` a text and `imatrix` a file of llama.cpp's for methods that are
-    calibrated.
+    calibrated. `automatic` is where rules come from that `auto` found.
     """
 
     overrides: tuple[Override, ...] = ()
@@ -78,6 +107,7 @@ class Options:
     method: str = RTN
     calibration: str | None = None
     imatrix: str | None = None
+    automatic: Automatic | None = None
 
 
 @dataclass(frozen=True, slots=True)

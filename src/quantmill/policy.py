@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from quantmill.errors import BadSource
 from quantmill.experts import is_routing_gate, is_stacked_expert, layer_index
-from quantmill.formats import Format, eight_bit
+from quantmill.formats import AFFINE_GROUPS, Format, eight_bit
 
 _T = TypeVar("_T", int, str, list[Any], dict[str, Any])
 
@@ -79,6 +79,7 @@ _LAGUNA_MLP_ENDS = tuple(f"{part}_proj.weight" for part in ("gate", "up", "down"
 _LAGUNA_EXPERTS = (".mlp.shared_expert.", ".mlp.experts.")
 _LAGUNA_SHARED_DOWN = ".mlp.shared_expert.down_proj.weight"
 
+_KEPT_WHOLE = ("vae", "component")
 _MODULATION = ("modulation", "adaln", "adaLN", "_mod.", ".mod.")
 _COMPONENT_INPUTS = (
     "proj_in.", "img_in.", "txt_in.", "x_in.", "vector_in.", "guidance_in.", "caption_projection.",
@@ -390,6 +391,20 @@ RULES: Mapping[str, Callable[[_Tensor], Decision]] = {
 def decide(policy: Policy, name: str, shape: Sequence[int], base: Format) -> Decision:
     """What the policy does with a tensor when the user asked for `base`."""
     return RULES[policy.name](_Tensor(policy, name, shape, base))
+
+
+def may_quantize(policy: Policy, name: str, shape: Sequence[int]) -> bool:
+    """Whether a tensor may get a format of few bits where its effect is measured.
+
+    Those that the policy quantizes, and the table of tokens, which the policy keeps only because
+    nothing tells how much it matters.
+    """
+    base = Format("affine", 8, min(AFFINE_GROUPS))
+    if not is_aligned(shape, base):
+        return False
+    if _is_embedding(name):
+        return len(shape) == 2 and policy.name not in _KEPT_WHOLE and not _has(name, _VISION)
+    return decide(policy, name, shape, base).format is not None
 
 
 def decide_draft(policy: Policy, name: str, shape: Sequence[int], base: Format) -> Decision:

@@ -5,6 +5,7 @@ A recipe is plain data, and JSON for the notes that repair follows (provenance.p
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -16,7 +17,8 @@ from quantmill.errors import BadRequest, QuantmillError
 from quantmill.formats import parse_request
 from quantmill.modelfile import Modelfile
 from quantmill.planner import KEEP, parse_override
-from quantmill.plans import Options, Override
+from quantmill.plans import Automatic, Options, Override, Plan
+from quantmill.readers import reader
 
 _LISTS = ("license", "ignored")
 """Fields of a Modelfile that are tuples."""
@@ -28,23 +30,86 @@ DECODED = "bf16"
 """The word that asks for decoded weights which are not quantized again."""
 
 
+AUTO = "auto"
+"""The word that asks for formats by measured effect, within a target."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """How large `auto` may make a model, and for which program (readers.py).
+
+    Either bits per weight, of all data stored, kept tensors and scales included; or bytes of all
+    tensor blobs. Raises BadRequest for both, neither, what is not positive, and unknown readers.
+    """
+
+    bits_per_weight: float | None = None
+    nbytes: int | None = None
+    reader: str = "mlx-lm"
+
+    def __post_init__(self) -> None:
+        if (self.bits_per_weight is None) == (self.nbytes is None):
+            raise BadRequest(
+                "--quantize auto needs a target",
+                kind="no_target",
+                hint="either --target-bpw 4.5 or --target-size 6GB",
+            )
+        if not 0 < (self.nbytes or self.bits_per_weight or 0) < math.inf:
+            raise BadRequest(f"{self.text} is no size")
+        reader(self.reader)
+
+    @property
+    def text(self) -> str:
+        """For people."""
+        if self.nbytes is None:
+            return f"{self.bits_per_weight:g} bits per weight"
+        return f"{self.nbytes:,} bytes"
+
+    def data_bytes(self, weights: int) -> int:
+        """Bytes of data that a model of so many weights may have; of a size, headers included."""
+        if self.nbytes is not None:
+            return self.nbytes
+        assert self.bits_per_weight is not None
+        return int(self.bits_per_weight * weights / 8)
+
+    def excess(self, plan: Plan) -> int:
+        """Bytes of a plan that are too many, negative where there is room."""
+        if self.nbytes is not None:
+            return plan.blob_bytes - self.nbytes
+        data = sum(spec.nbytes for spec in plan.tensors)
+        return data - self.data_bytes(sum(spec.weights for spec in plan.tensors))
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """The formats asked for: of float weights, or, after decoding, of quantized ones; of a draft.
 
-    A wrong word is told here, before anything is opened: raises BadRequest.
+    The word AUTO comes with a `target`. A wrong word is told here, before anything is opened:
+    raises BadRequest.
     """
 
     quantize: str | None = None
     group_size: int | None = None
     requantize: str | None = None
     draft_quantize: str | None = None
+    target: Target | None = None
 
     def __post_init__(self) -> None:
         if self.requantize is not None and self.quantize:
             raise BadRequest("--quantize and --requantize exclude each other", hint="give one")
-        parse_request(self.word, self.group_size)
         parse_request(self.draft_quantize)
+        if not self.is_auto:
+            parse_request(self.word, self.group_size)
+        elif self.target is None:
+            Target()  # says what is missing
+        elif self.group_size is not None:
+            raise BadRequest("--quantize auto chooses group sizes", hint="leave out --group-size")
+        if self.target is not None and not self.is_auto:
+            raise BadRequest("a target is for --quantize auto", hint="add --quantize auto")
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether formats are to be found by measuring."""
+        return self.word is not None and self.word.strip().lower() == AUTO
 
     @property
     def decode(self) -> bool:
@@ -89,8 +154,14 @@ class Recipe:
 
 
 def as_record(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as JSON; paths are made absolute, so that it holds wherever it is read."""
+    """The recipe as JSON; paths are made absolute, so that it holds wherever it is read.
+
+    What `auto` was asked is not in it: its rules are.
+    """
     options, said = asdict(recipe.options), None
+    request = {k: v for k, v in asdict(recipe.request).items() if k != "target"}
+    if recipe.options.automatic is None:
+        del options["automatic"]
     options["overrides"] = [_rule(rule) for rule in recipe.options.overrides]
     options |= {key: _durable(options[key]) for key in _FILES}
     if recipe.modelfile is not None:
@@ -98,7 +169,7 @@ def as_record(recipe: Recipe) -> dict[str, Any]:
         said |= {key: list(said[key]) for key in _LISTS}
     return {
         "source": _durable(recipe.source),
-        "request": asdict(recipe.request),
+        "request": request,
         "options": options,
         "modelfile": said,
         "draft": _durable(recipe.draft),
@@ -111,7 +182,9 @@ def from_record(record: Mapping[str, Any]) -> Recipe | None:
     """The recipe of a record; None for one that another version wrote, or that is damaged."""
     try:
         options, said = dict(record["options"]), record["modelfile"]
-        options["overrides"] = tuple(map(parse_override, options["overrides"]))
+        options["overrides"] = tuple(map(_read_rule, options["overrides"]))
+        if "automatic" in options:
+            options["automatic"] = Automatic(**options["automatic"])
         if said is not None:
             said = Modelfile(**{**said, **{key: tuple(said[key]) for key in _LISTS}})
         recipe = Recipe(
@@ -130,6 +203,14 @@ def _durable(place: str | Path | None) -> str | None:
     return os.path.abspath(place) if os.path.exists(place) else str(place)
 
 
-def _rule(rule: Override) -> str:
+def _rule(rule: Override) -> str | list[str]:
     fmt = rule.format
-    return f"{rule.pattern}={KEEP if fmt is None else f'{fmt.name}:{fmt.group_size}'}"
+    text = f"{rule.pattern}={KEEP if fmt is None else f'{fmt.name}:{fmt.group_size}'}"
+    return [text, rule.why] if rule.why else text
+
+
+def _read_rule(said: str | list[str]) -> Override:
+    if isinstance(said, str):
+        return parse_override(said)
+    text, why = said
+    return replace(parse_override(text), why=why)

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from quantmill.errors import BadPlan, BadRequest
-from quantmill.formats import FLOAT_DTYPES
+from quantmill.formats import FLOAT_DTYPES, Format
 from quantmill.plans import (
     CALIBRATED,
     CEIL,
@@ -95,11 +95,16 @@ def _spec(spec: TensorSpec, source: Source, method: str) -> TensorSpec:
     if fmt is None or spec.transform == RECODE or spec.global_scale:
         return spec
     found = _weightings(spec, source)
-    narrow = fmt.mode == "affine" and fmt.bits <= _NARROW
+    narrow = is_worse_unweighed(fmt)
     worse = narrow and not found and not _gains_by_equal_weights(spec, source)
     if method in CALIBRATED and not _is_draft(spec, source):
         return replace(spec, method=method, weightings=found, fallback=RTN if worse else SEARCH)
     return spec if worse else replace(spec, method=SEARCH, weightings=found)
+
+
+def is_worse_unweighed(fmt: Format) -> bool:
+    """Whether a search in which all columns count the same does worse than rounding."""
+    return fmt.mode == "affine" and fmt.bits <= _NARROW
 
 
 def _is_draft(spec: TensorSpec, source: Source) -> bool:
