@@ -985,6 +985,94 @@ void check_searches(Tally& tally, const Format& format, Dtype dtype) {
     }
 }
 
+// Tiles, and all of a kernel's results in them.
+struct Tiles {
+    Output errors, current, codes;
+
+    // NaN comes in several kinds, of which the processor picks one.
+    void settle() {
+        for (std::size_t i = 0; i < current.size(); i += sizeof(float)) {
+            float number;
+            std::memcpy(&number, current.data() + i, sizeof number);
+            if (number != number) std::memcpy(current.data() + i, &quiet_nan_bits, sizeof number);
+        }
+    }
+};
+
+// Error feedback: two groups are rounded, in places of their own, and their errors carried on.
+void check_feedback(Tally& tally, const Format& format, Dtype stored, const DataSet& set,
+                    std::uint64_t seed) {
+    Random random(seed);
+    const auto size = static_cast<std::size_t>(format.group_size);
+    const std::size_t tiles = 1 + random.below(3), columns = size * (2 + random.below(4));
+    const std::size_t weights = tiles * tile_rows * columns;
+    std::vector<std::uint32_t> raw(weights);
+    for (std::size_t start = 0; start < weights; start += size) {
+        set.fill(random, Group{elements_of(Dtype::f32), format, raw.data() + start});
+    }
+    const bool any = random.one_in(2);
+    const auto numbers = [&](std::size_t count) {
+        const std::vector<std::uint8_t> bytes = random_parameters(random, count, any);
+        std::vector<float> found(count);
+        std::memcpy(found.data(), bytes.data(), bytes.size());
+        return found;
+    };
+    const std::vector<float> scales = numbers(tiles * tile_rows);
+    const std::vector<float> biases = numbers(tiles * tile_rows);
+    const std::vector<float> factors = numbers(columns * columns);
+    std::vector<std::uint8_t> places(size);
+    for (std::size_t i = 0; i < size; ++i) places[i] = static_cast<std::uint8_t>(i);
+    for (std::size_t i = size; i > 1; --i) {
+        std::swap(places[i - 1], places[random.below(static_cast<std::uint32_t>(i))]);
+    }
+    const std::size_t offset = seed % 16 * sizeof(float);
+    const std::size_t code_size = weights / size * code_bytes(format);
+    const auto run = [&](const Implementation& with, std::uint8_t fill) {
+        Tiles out = {Output(weights * sizeof(float), offset, 0),
+                     Output(weights * sizeof(float), offset, 0), Output(code_size, offset, fill)};
+        std::memcpy(out.errors.data(), raw.data(), out.errors.size());
+        std::memcpy(out.current.data(), raw.data(), out.current.size());
+        auto* const errors = reinterpret_cast<float*>(out.errors.data());
+        auto* const current = reinterpret_cast<float*>(out.current.data());
+        for (std::size_t group = 0; group < columns / size; ++group) {
+            const std::size_t first = group * size;
+            with.round_columns({stored, format, tiles, columns, first, columns - size - first,
+                                places.data(), scales.data(), biases.data(), factors.data(), errors,
+                                current, out.codes.data()});
+            with.carry({tiles, columns, first, first + size, first + size, columns, factors.data(),
+                        errors, current});
+        }
+        out.settle();
+        return out;
+    };
+    const Problem problem = {stored, format, tiles * tile_rows, 1.0f,
+                             std::string("feedback, ") + set.name, seed, offset};
+    const Tiles expected = run(exact(), reference_fill);
+    for (const Output* one : {&expected.codes, &expected.errors, &expected.current}) {
+        same_bytes(tally, problem, "exact", "results", one->data(), *one, nullptr);  // guards
+        tally.add_to_digest(one->data(), one->size());
+    }
+    for_each_other([&](const Implementation& one) {
+        const Tiles found = run(one, tested_fill);
+        const auto same = [&](const char* what, const Output& right, const Output& mine) {
+            return same_bytes(tally, problem, one.name, what, right.data(), mine, nullptr);
+        };
+        (void)(same("codes", expected.codes, found.codes) &&
+               same("errors", expected.errors, found.errors) &&
+               same("current weights", expected.current, found.current));
+        ++tally.comparisons;
+    });
+    tally.weights += weights;
+}
+
+void check_feedbacks(Tally& tally, const Format& format, Dtype stored) {
+    std::uint64_t index = 0;
+    for (const DataSet& set : all_sets()) {
+        const std::uint64_t seed = seed_of(10, ++index, static_cast<std::uint64_t>(stored));
+        check_feedback(tally, format, stored, set, seed);
+    }
+}
+
 // Everything that is the same in each run, in pieces that can be done in any order.
 std::vector<std::function<void(Tally&)>> fixed_work() {
     std::vector<std::function<void(Tally&)>> work;
@@ -994,6 +1082,7 @@ std::vector<std::function<void(Tally&)>> fixed_work() {
             work.push_back([=](Tally& tally) { check_sets(tally, format, dtype); });
             work.push_back([=](Tally& tally) { check_every_maximum(tally, format, dtype); });
             work.push_back([=](Tally& tally) { check_searches(tally, format, dtype); });
+            work.push_back([=](Tally& tally) { check_feedbacks(tally, format, dtype); });
             if (format.mode != Mode::affine) continue;
             work.push_back([=](Tally& tally) { check_affine_values(tally, format, dtype); });
         }
@@ -1026,6 +1115,7 @@ void check_round(Tally& tally, std::uint64_t seed) {
             if (format.mode == Mode::nvfp4) quantize_data_set(tally, problem, true, set);
             const Dtype stored = dtype == Dtype::f32 ? all_elements[random.below(3)].dtype : dtype;
             check_search(tally, format, dtype, stored, random.below(100), set, random.next());
+            check_feedback(tally, format, dtype, set, random.next());
             if (format.mode != Mode::affine && dtype != Dtype::bf16) continue;  // BF16 only
             const std::uint64_t own_seed = random.next();
             const Problem coded = {dtype, format, groups, 1.0f, "any scales", own_seed, offset};
