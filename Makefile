@@ -12,7 +12,7 @@
 # make fuzz      change inputs of the parsers, and answers of a registry, for SECONDS (240), guided by the
 #                lines they reach; what reaches further is kept in tests/data/corpus-kept
 # make sanitize  kernels compared with each other, under address and undefined-behaviour sanitizers
-# make arm64     the same for 64-bit Arm, emulated, without sanitizers
+# make arm64     the same for 64-bit Arm, emulated, without sanitizers and with fewer searches
 # make clean     remove everything the others made
 
 PYTHON ?= python3
@@ -130,7 +130,7 @@ arm64:
 	$(SELFTEST) -B build/arm64 -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
 		-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DCMAKE_EXE_LINKER_FLAGS=-static
 	cmake --build build/arm64 --parallel
-	qemu-aarch64 build/arm64/selftest
+	qemu-aarch64 build/arm64/selftest --brief
 
 clean:
 	rm -rf $(VENV) $(OFFICIAL) $(DEMO) build bench-results .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -243,10 +243,12 @@ void measure(const SearchLanes& lanes, Candidates& tried) {
     double error[search_lanes] = {}, sum_q[search_lanes] = {};
     double sum_qq[search_lanes] = {}, sum_qx[search_lanes] = {};
     const Candidates line = tried;
-    for (int i = 0; i < lanes.size; ++i) {
+    const float top = lanes.top;
+    const int size = lanes.size;
+    for (int i = 0; i < size; ++i) {
         const float* const __restrict x = lanes.x + i * search_lanes;
         const double* const __restrict h = lanes.h + i * search_lanes;
-        each_lane([&](int l) { q[l] = code_on(line.line(l), x[l], lanes.top); });
+        each_lane([&](int l) { q[l] = code_on(line.line(l), x[l], top); });
         each_lane([&](int l) { off[l] = x[l] - value_on<T>(line.line(l), q[l]); });
         each_lane([&](int l) {
             const double wide = off[l];

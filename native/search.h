@@ -69,16 +69,19 @@ inline Fit fit(const Sums& sum) {
     return {static_cast<float>(determinant > 0.0 ? scale : 0.0), static_cast<float>(bias)};
 }
 
-// The code of a weight as a number: never NaN, as lines are usable and weights finite.
+// The code of a weight as a number: never NaN, as lines are usable and weights finite. Floats that are
+// not negative order like their bits; compilers would make branches of float comparisons.
 inline float code_on(const Line& line, float x, float top) {
-    const float step = (x - line.bias) * line.inverse;
-    const float above = step > 0.0f ? step : 0.0f;
-    return round_even(above < top ? above : top);
+    const auto step = static_cast<std::int32_t>(bits_of((x - line.bias) * line.inverse));
+    const auto most = static_cast<std::int32_t>(bits_of(top));
+    const std::int32_t beyond = (step & ~(step >> 31)) - most;  // of 0 where negative
+    return round_even(float_of(static_cast<std::uint32_t>(most + (beyond & (beyond >> 31)))));
 }
 
+// The number that a code stands for: never NaN, as scale and bias are finite.
 template <class T>
 inline float value_on(const Line& line, float code) {
-    return T::round(T::round(code * line.scale) + line.bias);
+    return T::round_number(T::round_number(code * line.scale) + line.bias);
 }
 
 // The nearest E2M1 magnitude of a magnitude, the even code on a tie: adding a power of two whose last

@@ -216,6 +216,31 @@ def test_pieces_give_the_whole(fmt: Format, dtype: str, sizes: list[int], data: 
     assert differing(joined, whole) == []
 
 
+@given(any_groups(), st.data())
+def test_any_kernel_in_any_pieces_gives_the_same(
+    case: tuple[str, Format, Array, Array], data: st.DataObject
+) -> None:
+    """Cut between any two groups, each piece by another implementation: the bytes of the whole."""
+    dtype, fmt, x, h = case
+    groups = x.reshape(-1, fmt.group_size)
+    whole = by("exact", x, dtype, fmt, h)
+    cut = data.draw(st.integers(0, len(groups)))
+    names = data.draw(st.permutations([*NATIVE, "arrays"]))[:2]
+    pieces = [
+        by(name, part.reshape(-1), dtype, fmt, h, first)
+        for name, part, first in (
+            (names[0], groups[:cut], 0),
+            (names[1], groups[cut:], cut * fmt.group_size % h.size),
+        )
+        if len(part)
+    ]
+    for index in range(3):
+        parts = [piece[index] for piece in pieces]
+        if parts[0] is not None:
+            joined = b"".join(np.asarray(part).tobytes() for part in parts)
+            assert joined == np.asarray(whole[index]).tobytes()
+
+
 def test_threads_share_nothing() -> None:
     """Eight threads at once get what one gets, from every kernel."""
     x, h = rows_of("normal", "BF16", INT4), importance()
