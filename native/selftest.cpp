@@ -1022,7 +1022,10 @@ void check_feedback(Tally& tally, const Format& format, Dtype stored, const Data
         std::memcpy(found.data(), bytes.data(), bytes.size());
         return found;
     };
-    const std::vector<float> scales = numbers(tiles * tile_rows);
+    std::vector<float> scales = numbers(tiles * tile_rows);
+    if (format.mode != Mode::affine) {  // a byte's number has no sign
+        for (float& scale : scales) scale = std::fabs(scale);
+    }
     const std::vector<float> biases = numbers(tiles * tile_rows);
     const std::vector<float> factors = numbers(columns * columns);
     std::vector<std::uint8_t> places(size);
