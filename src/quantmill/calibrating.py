@@ -304,6 +304,8 @@ class _Products:
                 gram = make()
                 _check_columns(spec, gram.shape[-1])
                 self._made[key] = prepare(gram)
+            if spec.format is not None:  # once, while no other thread asks for the same
+                self._made[key].way(spec.format.group_size)
             return self._made[key]
 
     def _gram(

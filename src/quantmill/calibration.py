@@ -28,7 +28,7 @@ from quantmill.plans import (
 )
 
 VERSIONS = {AWARE: 1, GPTQ: 1}
-"""Of the methods: what they give for the same evidence changes with these alone."""
+"""Of the methods, counted up whenever the same weights and evidence would give other bytes."""
 
 LENGTH = 512
 """Tokens of a window."""

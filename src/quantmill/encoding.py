@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     Floats = npt.NDArray[np.float32]
 
 TOGETHER = 1 << 24
-"""Weights of a matrix that are quantized with error feedback together, whole rows of them. The cut
-is part of the method: sums may differ in their last bits with the number of rows."""
+"""Weights of a matrix in memory for error feedback, whole rows of them; bytes do not depend on it.
+"""
 
 
 class Statistics(Protocol):

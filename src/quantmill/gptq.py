@@ -25,9 +25,6 @@ Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
 Bytes = npt.NDArray[np.uint8]
 
-METHOD_VERSION = 1
-"""Counted up whenever the same weights and Gram matrix would give other bytes."""
-
 DAMPING = 0.01
 """Of the mean of the Gram matrix's diagonal so much is added to it, as Frantar et al. do."""
 
