@@ -6,9 +6,9 @@
     E3  the second half of Python's own documentation: 16 windows, always there
 
 WikiText-2 (CC BY-SA) and tiny-shakespeare are not part of the project: a folder that has them is
-given, E3 alone is measured without. Calibrated with is, for E1, tokens 152,000 to 305,000 of
-WikiText-2, other articles than those measured; for E3 the first half of the documentation, the
-default; for E2 both of these.
+given, E3 alone is measured without. Calibrated with is, for E1 and E2, tokens 152,000 to 305,000
+of WikiText-2, other articles than those measured, beside what `create` always takes; for E3 that
+alone: the first half of the documentation, and random tokens.
 """
 
 from __future__ import annotations
@@ -49,9 +49,8 @@ def text_sets(
         text = text_of(wiki)
         ids = text_ids(tokenizer, text.text).own
         cut = tokenizer.decode(ids[_CUT].tolist())
-        own, mixed = work / "wikitext.txt", work / "wikitext-and-documentation.txt"
+        own = work / "wikitext.txt"
         own.write_text(cut, encoding="utf-8")
-        mixed.write_text(cut + "\n\n" + default_text(calibrating=True).text, encoding="utf-8")
         if "E1" in names:
             starts = np.linspace(0, _FIRST - LENGTH, 40).astype(int)[: count or 16]
             windows = np.stack([ids[start : start + LENGTH] for start in starts])
@@ -59,7 +58,7 @@ def text_sets(
         if "E2" in names and plays and plays.is_file():
             text = text_of(plays)
             windows = text_ids(tokenizer, text.text).windows(LENGTH, count or 12)
-            found.append(TextSet("E2", text, windows, mixed))
+            found.append(TextSet("E2", text, windows, own))
     if "E3" in names:
         text = default_text()
         windows = text_ids(tokenizer, text.text).windows(LENGTH, count or 16)
