@@ -31,10 +31,12 @@ inline float number_or_zero(float value) { return value == value ? value : 0.0f;
 // Code of a current weight in row `l` of a tile, and what it decodes to.
 template <class T>
 inline float round_on_line(const TileRule& rule, std::size_t l, float x, std::uint8_t& code) {
-    const Line line = {rule.scale[l], rule.bias[l], rule.inverse[l]};
-    const float found = code_on(line, x, rule.top);
+    // NaN may come here, unlike in a search: it gets the code 0
+    const float step = (x - rule.bias[l]) * rule.inverse[l];
+    const float above = step > 0.0f ? step : 0.0f;
+    const float found = round_even(above < rule.top ? above : rule.top);
     code = static_cast<std::uint8_t>(static_cast<int>(found));
-    return value_on<T>(line, found);
+    return T::round(T::round(found * rule.scale[l]) + rule.bias[l]);
 }
 inline float round_to_e2m1(const TileRule& rule, std::size_t l, float x, std::uint8_t& code) {
     const float size = nearest_e2m1_magnitude(number_or_zero(absolute(x) * rule.inverse[l]));
