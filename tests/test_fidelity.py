@@ -21,7 +21,8 @@ pytest.importorskip("mlx_lm", reason="mlx-lm is not installed (quantmill[run])")
 TOKENS, WINDOW = 1024, 128
 
 MOST = [
-    ("int4", "search", 0.9), ("int4", "aware", 0.6), ("int4", "gptq", 0.45), ("nvfp4", "search", 0.9)
+    ("int4", "search", 0.9), ("int4", "aware", 0.6), ("int4", "gptq", 0.45),
+    ("nvfp4", "search", 0.9),
 ]  # fmt: skip
 """Format, method, and what its divergence may be of that of rounding. `make fidelity` finds 0.7 for
 search, 0.4 for aware, 0.2 for gptq."""
