@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from quantmill import blas
-from quantmill.calibration import Calibrated, Stage
+from quantmill.calibration import OF_FILE, Calibrated, Stage
 from quantmill.errors import BadRequest, Corrupt
 from quantmill.gptq import Feedback, prepare
 from quantmill.importance import scaled
@@ -82,22 +82,22 @@ def windows_of(calibration: Calibration, model: Model, file: str | None) -> Toke
         parts.append(
             random_tokens(size, calibration.windows, calibration.length, calibration.seed, first)
         )
-    texts = [default_text(calibrating=True)] if calibration.kind == MIXED else []
-    texts += [text_of(Path(file))] if file else []
+    texts = [(default_text(calibrating=True), 1)] if calibration.kind == MIXED else []
+    texts += [(text_of(Path(file)), OF_FILE[calibration.kind])] if file else []
     if texts:
         from quantmill.mlxlm import tokenizer_for
 
         tokenizer = tokenizer_for(model, config)
-        parts += [_spread(tokenizer, text.text, calibration) for text in texts]
+        for text, times in texts:
+            count = times * calibration.windows
+            parts.append(_spread(tokenizer, text.text, calibration.length, count))
     return np.concatenate(parts)
 
 
-def _spread(tokenizer: Any, text: str, calibration: Calibration) -> Tokens:
+def _spread(tokenizer: Any, text: str, length: int, count: int) -> Tokens:
     """As many windows as there should be, spread over the text; fewer of a short one."""
-    whole = text_tokens(tokenizer, text, calibration.length)
-    if len(whole) <= calibration.windows:
-        return whole
-    return text_tokens(tokenizer, text, calibration.length, calibration.windows)
+    whole = text_tokens(tokenizer, text, length)
+    return whole if len(whole) <= count else text_tokens(tokenizer, text, length, count)
 
 
 def _stated(config: Mapping[str, Any], key: str) -> int | None:

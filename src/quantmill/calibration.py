@@ -34,8 +34,11 @@ LENGTH = 512
 """Tokens of a window."""
 
 _SEED = 0
-_WINDOWS = {RANDOM: 16, TEXT: 32, MIXED: 32}
+_WINDOWS = {RANDOM: 16, TEXT: 32, MIXED: 24}
 """Windows of each part: random tokens settle means of squares soon, products of columns later."""
+
+OF_FILE = {TEXT: 1, MIXED: 2}
+"""How many times as many are taken of the user's text: in a mixture as many as of all else."""
 
 
 @dataclass(frozen=True, slots=True)

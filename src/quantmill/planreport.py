@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from quantmill.plans import CODES, IMATRIX, MIXED, RANDOM, RECODE, RTN, TEXT, ZERO
+from quantmill.calibration import OF_FILE
+from quantmill.plans import CODES, IMATRIX, MIXED, RANDOM, RECODE, RTN, ZERO
 from quantmill.report import Row, bytes_text, format_json, plural, shape_text
 
 if TYPE_CHECKING:
@@ -132,16 +133,12 @@ def _evidence(found: Calibration) -> str:
     if found.kind == IMATRIX:
         return f"weighed by {found.file}"
     each = f"{found.windows} x {found.length}"
-    texts = [found.file] if found.file else []
-    parts = {
-        RANDOM: [f"{each} random tokens (seed {found.seed})"],
-        TEXT: [f"up to {each} tokens of {name}" for name in texts],
-        MIXED: [
-            f"{each} random tokens (seed {found.seed})",
-            *(f"{each} tokens of {name}" for name in ["Python's documentation", *texts]),
-        ],
-    }
-    return f"calibrated with {', '.join(parts[found.kind])}"
+    parts = [f"{each} random tokens (seed {found.seed})"] if found.kind in {RANDOM, MIXED} else []
+    parts += [f"{each} tokens of Python's documentation"] if found.kind == MIXED else []
+    if found.file:
+        count = OF_FILE[found.kind] * found.windows
+        parts.append(f"up to {count} x {found.length} tokens of {found.file}")
+    return f"calibrated with {', '.join(parts)}"
 
 
 def scheme_lines(plan: Plan) -> list[str]:
