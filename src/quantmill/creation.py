@@ -195,16 +195,17 @@ def _made(
     write: Callable[..., Written],
 ) -> Created:
     """Calibrate where the method asks for it, write everything, the manifest last."""
-    with calibrating(decided, recipe, checkpoint) as calibrated, store.writing():
+    with calibrating(decided, recipe, checkpoint) as calibrated:
         decided = calibrated.plan
-        additions = small_blobs(checkpoint, decided, recipe.modelfile, base)
+        additions = small_blobs(checkpoint, decided, recipe.modelfile, base)  # before any write
         run = partial(write, decided, checkpoint, store, stages=calibrated.stages)
-        require_space(store, decided, checkpoint, sum(len(data) for *_, data in additions))
-        written, small = _write_all(store, additions, run)
-        refs = [*written.refs, *small[1:]]
-        entries = _entries(base, refs) if recipe.draft else refs
-        raw = _publish(store, target, small[0], entries, base)
-        provenance.note_recipe(store, digest_of(raw), recipe)
+        with store.writing():
+            require_space(store, decided, checkpoint, sum(len(data) for *_, data in additions))
+            written, small = _write_all(store, additions, run)
+            refs = [*written.refs, *small[1:]]
+            entries = _entries(base, refs) if recipe.draft else refs
+            raw = _publish(store, target, small[0], entries, base)
+            provenance.note_recipe(store, digest_of(raw), recipe)
     return _created(store, target, calibrated, raw, written, base)
 
 
