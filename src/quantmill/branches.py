@@ -40,10 +40,6 @@ Progress = Callable[[int, int], None]
 BRANCH_BYTES = 2 << 30
 """Hidden states of all branches together; more variants are measured in several passes."""
 
-_LOGITS = 1 << 23
-_POSITIONS = 512
-"""Logits of a model, and positions, that are computed together: 32 MiB of float32."""
-
 
 def divergences(
     model: Model,
@@ -223,7 +219,9 @@ class _Pass:
 
 def _parts(positions: int, vocabulary: int, lanes: int) -> list[slice]:
     """Positions in parts of nearly one size, as many for each thread."""
-    most = max(1, min(_POSITIONS, _LOGITS // vocabulary))
+    from quantmill.divergence import positions_at_once
+
+    most = positions_at_once(vocabulary)
     count = -(-positions // most)
     size = -(-positions // (-(-count // lanes) * lanes))
     return [slice(start, start + size) for start in range(0, positions, size)]

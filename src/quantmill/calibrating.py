@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from quantmill import blas
 from quantmill.calibration import OF_FILE, Calibrated, Stage
 from quantmill.errors import BadRequest, Corrupt
 from quantmill.gptq import Feedback, prepare
@@ -142,7 +141,6 @@ def calibrated(
         assert file is not None
         whole = replace(plan, calibration=replace(decided, source=digest))
         return _from_imatrix(whole, file, checkpoint.source, names)
-    blas.preload()  # before anything loads MLX
     with model() as one:
         windows = windows_of(decided, one, file)
     decided = replace(decided, source=digest, tokens=tokens_digest(windows))
@@ -252,31 +250,31 @@ class _Squares:
     def _values(self, spec: TensorSpec, member: int) -> npt.NDArray[np.float64] | None:
         whole = self._found.get(self._names.whole(spec))
         if whole is not None:
-            values = whole.values.astype(np.float64)
-            if values.ndim == 1:
-                return values
-            return _of_expert(list(values), [int(n) for n in whole.tokens], member)
+            if whole.values.ndim == 1:
+                return whole.values.astype(np.float64)
+            return _of_expert(whole.values, [int(n) for n in whole.tokens], member)
         names = self._names.members(spec)
         found = [self._found.get(name) for name in names]
         known = [one for one in found if one is not None]
         if not known:
             return None
-        empty = np.zeros(known[0].values.shape)
+        empty = np.zeros_like(known[0].values)
         return _of_expert(
-            [empty if one is None else one.values.astype(np.float64) for one in found],
+            [empty if one is None else one.values for one in found],
             [0 if one is None else int(one.tokens) for one in found],
             member,
         )
 
 
 def _of_expert(
-    values: Sequence[npt.NDArray[np.float64]], tokens: Sequence[int], member: int
+    values: Sequence[Floats] | Floats, tokens: Sequence[int], member: int
 ) -> npt.NDArray[np.float64]:
+    """Those of an expert, or of all experts together where it saw few tokens."""
     if tokens[member] >= EXPERT_TOKENS or len(tokens) == 1:
-        return values[member]
-    total: npt.NDArray[np.float64] = sum(
-        (v * n for v, n in zip(values, tokens, strict=True)), start=np.zeros_like(values[0])
-    )
+        return values[member].astype(np.float64)
+    total = np.zeros(values[0].shape)
+    for own, count in zip(values, tokens, strict=True):
+        total += own.astype(np.float64) * count
     return total / max(1, sum(tokens))
 
 

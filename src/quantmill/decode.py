@@ -78,6 +78,15 @@ def decode(packed: Packed, fmt: Format) -> Decoded | None:
     return Decoded(found.view(kind).reshape(shape), dtype)
 
 
+def decode_float32(packed: Packed, fmt: Format) -> npt.NDArray[np.float32] | None:
+    """The same numbers as float32, exactly; None where `decode` gives None."""
+    found = decode(packed, fmt)
+    if found is None:
+        return None
+    raw = np.ascontiguousarray(found.array).reshape(-1).view(np.uint8)
+    return to_float32(raw, found.dtype).reshape(found.array.shape)
+
+
 def _raw(array: Array) -> memoryview:
     """Its bytes; copied only where it is a part that is not contiguous."""
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data

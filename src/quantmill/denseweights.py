@@ -12,7 +12,7 @@ from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from quantmill import mlxlm
-from quantmill.decode import Packed, decode
+from quantmill.decode import Packed, decode_float32
 from quantmill.errors import Corrupt
 from quantmill.formats import Format
 from quantmill.model import Model
@@ -55,10 +55,10 @@ def _dequantized(
     mx.eval(codes, scales, *([] if biases is None else [biases]))
     arrays = [np.asarray(codes), np.asarray(scales)]
     more = None if biases is None else np.asarray(biases)
-    found = decode(Packed(arrays[0], arrays[1], more, None, False, ["F32", "F32"]), fmt)
+    packed = Packed(arrays[0], arrays[1], more, None, False, ["F32", "F32"])
+    found = decode_float32(packed, fmt)
     if found is not None:
-        array = mx.array(found.array)
-        return (array.view(mx.bfloat16) if found.dtype == "BF16" else array).astype(mx.float32)
+        return mx.array(found)
     with mx.stream(mx.cpu):  # the same values whatever device is the default
         return mx.dequantize(
             codes, scales, biases, fmt.group_size, fmt.bits, mode=fmt.mode, dtype=mx.float32

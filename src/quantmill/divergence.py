@@ -31,6 +31,11 @@ _CACHED = 1 << 18
 """Logits that are worked on together once they are there."""
 
 
+def positions_at_once(vocabulary: int) -> int:
+    """Positions whose logits over a vocabulary are computed together."""
+    return max(1, min(_POSITIONS, _LOGITS // vocabulary))
+
+
 @dataclass(frozen=True, slots=True)
 class Passed:
     """A model after its blocks, and its head's input: float32 [windows, length, hidden]."""
@@ -159,7 +164,7 @@ def _in_parts(
     progress: _Step | None,
 ) -> list[_T]:
     """Results for some positions after the others, as many at a time as there are threads."""
-    size = max(1, min(_POSITIONS, _LOGITS // models[0].forward.vocabulary))
+    size = positions_at_once(models[0].forward.vocabulary)
     parts = [slice(start, start + size) for start in range(0, windows.size, size)]
     for model in models:  # once here, so that threads share weights that are computed
         mx.eval(model.forward.logits(model.hidden[0, :1]))

@@ -50,11 +50,14 @@ def method_of(spec: TensorSpec, statistics: Statistics | None) -> str:
 
 def encoded(
     spec: TensorSpec,
+    method: str,
     pieces: Pieces,
     rounded: Callable[[memoryview], Quantized],
     statistics: Statistics | None,
 ) -> Iterator[Quantized]:
-    """The spec's data quantized, or in the codes that it has; `rounded` rounds a piece to nearest.
+    """The spec's data quantized by a method (`method_of`), or in the codes that it has.
+
+    `rounded` rounds a piece to nearest.
 
     Raises what the method's own module does: quantize, searching, gptq.
     """
@@ -62,7 +65,6 @@ def encoded(
     if spec.transform == RECODE:
         yield from pieces.recoded(spec)
         return
-    method = method_of(spec, statistics)
     if method == RTN:
         # after a calibrated method there is MLX's rounding on a CPU only
         plain = rounded if spec.method == RTN else _as_mlx(spec.dtype, spec.format)

@@ -110,7 +110,7 @@ class _Job:
     tensors: int = 0
     bytes: int = 0
     unmeasured: set[str] = field(default_factory=set)
-    spoiled: set[str] = field(default_factory=set)  # calibrated blobs that were noted and are gone
+    uncalibrated: set[str] = field(default_factory=set)  # blobs whose calibration is to come
     refreshed: float = field(default_factory=time.monotonic)
 
     def advance(self, blob: str, nbytes: int, tensors: int = 0) -> None:
@@ -187,17 +187,13 @@ def _staged(
     job: _Job, stages: Stages | None
 ) -> Iterator[tuple[Sequence[BlobSpec], Statistics | None]]:
     """Blobs that can be written, and with what; what needs no calibration first."""
-    calibrated = [
-        blob for blob in job.plan.blobs if any(t.method in CALIBRATED for t in blob.tensors)
-    ]
-    left = [blob for blob in calibrated if not job.journal.noted(job.journal.key(blob))]
-    yield [blob for blob in job.plan.blobs if blob not in left], None
-    again = [blob for blob in calibrated if blob.name in job.spoiled]
-    if not left and not again:
+    yield job.plan.blobs, None
+    left = [blob for blob in job.plan.blobs if blob.name in job.uncalibrated]
+    if not left:
         return
     if stages is None:
         raise BadRequest(f"the method {job.plan.options.method} needs a calibration")
-    for stage in stages([*left, *again], job.passed):
+    for stage in stages(left, job.passed):
         yield stage.blobs, stage.statistics
 
 
@@ -263,7 +259,7 @@ def _finish_blob(job: _Job, blob: BlobSpec, statistics: Statistics | None) -> _D
     note = job.journal.find(key, blob)
     if note is None:
         if statistics is None and any(spec.method in CALIBRATED for spec in blob.tensors):
-            job.spoiled.add(blob.name)
+            job.uncalibrated.add(blob.name)
             return None
         return _write_blob(job, blob, key, statistics)
     tensors = job.checkpoint.source.tensors
@@ -277,8 +273,6 @@ def _write_blob(job: _Job, blob: BlobSpec, key: str, statistics: Statistics | No
     with job.store.new_blob() as writer:
         writer.write(blob.header)
         for spec in blob.tensors:
-            if spec.method in CALIBRATED and method_of(spec, statistics) != spec.method:
-                job.unmeasured.add(spec.name)
             try:
                 count = _write_tensor(job, blob, spec, writer, statistics)
             except BadWeights as error:
@@ -303,12 +297,15 @@ def _write_tensor(
         for piece in pieces.of(spec):
             writer.write(piece)
         return 0
+    method = method_of(spec, statistics)
+    if method != spec.method:
+        job.unmeasured.add(spec.name)
     maximum = _maximum(job, spec) if spec.global_scale else None
     rounded = partial(_rounded, job, spec, maximum)
     non_finite = 0
     tails = [_Tail(writer, size) for size in _tail_sizes(spec)]
     codes_left = spec.elements * spec.format.bits // 8
-    for found in encoded(spec, pieces, rounded, statistics):
+    for found in encoded(spec, method, pieces, rounded, statistics):
         non_finite += _allowed(job, spec, found)
         writer.write(found.weight)
         codes_left -= found.weight.nbytes

@@ -112,7 +112,7 @@ def show_json(facts: ModelFacts, *, tensors: bool) -> dict[str, Any]:
         "draft": _draft_json(facts.draft),
         "recorded": dict(facts.recorded),
         "info": dict(facts.info),
-        "formats": [_share_json(share) for share in facts.shares],
+        "formats": [share_json(share) for share in facts.shares],
         "files": [{"name": name, "size": size} for name, size in facts.files],
     }
     return found | ({"tensors": [_tensor_json(t) for t in facts.tensors]} if tensors else {})
@@ -136,7 +136,8 @@ def _draft_text(draft: DraftFacts | None) -> str:
     return f"{draft.architecture}, {counts}, {bytes_text(draft.nbytes)}"
 
 
-def _share_json(share: FormatShare) -> dict[str, Any]:
+def share_json(share: FormatShare) -> dict[str, Any]:
+    """What one format has of a model."""
     return {
         "label": share.label,
         "tensors": share.tensors,

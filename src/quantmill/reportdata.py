@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from quantmill.diffreport import error_json
+from quantmill.report import share_json
 
 if TYPE_CHECKING:
     from quantmill.modelreport import KindTotal, ReportModel, ReportTensor
@@ -43,10 +44,7 @@ def _model_json(model: ReportModel) -> dict[str, Any]:
         "reference": model.reference,
         "unmeasured": model.unmeasured,
         "relative_error": model.relative,
-        "formats": [
-            {"label": s.label, "tensors": s.tensors, "weights": s.weights, "bytes": s.nbytes}
-            for s in facts.shares
-        ],
+        "formats": [share_json(share) for share in facts.shares],
         "kinds": [_kind_json(kind) for kind in model.kinds],
         "tensors": [_tensor_json(tensor) for tensor in model.tensors],
         "only_reference": list(model.only_reference),

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from quantmill.activations import Moments
 from quantmill.branches import BRANCH_BYTES, Change, Progress, Variant, divergences
-from quantmill.decode import Packed, decode
+from quantmill.decode import Packed, decode_float32
 from quantmill.elements import from_float32
 from quantmill.errors import BadPlan
 from quantmill.formats import Format
@@ -330,11 +330,8 @@ def _decoded(made: Quantized, dtype: str, fmt: Format, shape: tuple[int, ...]) -
             for part in (made.scales, made.biases)
         ]
         packed = Packed(codes, parts[0], parts[1], None, False, ["F32", "F32"])
-    found = decode(packed, fmt)
-    if found is None:  # without the kernels
-        return _by_mlx(codes, packed.scales, packed.biases, fmt)
-    raw = np.ascontiguousarray(found.array).reshape(-1).view(np.uint8)
-    return to_float32(raw, found.dtype).reshape(shape)
+    found = decode_float32(packed, fmt)  # None without the kernels
+    return _by_mlx(codes, packed.scales, packed.biases, fmt) if found is None else found
 
 
 def _by_mlx(
