@@ -613,31 +613,24 @@ void for_each_other(Use use) {
     }
 }
 
-void check_dequantize(Tally& tally, const Problem& problem, const Coded& coded) {
-    const Dtype dtype = value_dtype(problem);
-    Output expected = dequantize(exact(), problem, coded, reference_fill);
-    unify_nan(expected, dtype);
-    same_bytes(tally, problem, "exact", "values", expected.data(), expected, nullptr);  // guards
-    tally.add_to_digest(expected.data(), expected.size());
-    for_each_other([&](const Implementation& one) {
-        Output found = dequantize(one, problem, coded, tested_fill);
-        unify_nan(found, dtype);
-        same_bytes(tally, problem, one.name, "values", expected.data(), found, nullptr);
-        ++tally.comparisons;
-    });
+// What the others must give: nothing written beyond it, and part of the digest.
+void take_reference(Tally& tally, const Problem& problem, const char* what, const Output& one) {
+    same_bytes(tally, problem, "exact", what, one.data(), one, nullptr);
+    tally.add_to_digest(one.data(), one.size());
 }
 
-void check_quantize(Tally& tally, const Problem& problem, const std::vector<std::uint8_t>& bytes) {
-    const Input weights(bytes.data(), bytes.size(), problem.offset);
-    const Quantized expected = quantize(exact(), problem, weights.data(), reference_fill);
+// What `run` gives by every implementation; the results of the exact one.
+template <class Run>
+Quantized compare_quantized(Tally& tally, const Problem& problem, const std::uint8_t* weights,
+                            const Run& run) {
+    Quantized expected = run(exact(), reference_fill);
     for (const Output* one : {&expected.codes, &expected.scales, &expected.biases}) {
-        same_bytes(tally, problem, "exact", "results", one->data(), *one, nullptr);  // guards
-        tally.add_to_digest(one->data(), one->size());
+        take_reference(tally, problem, "results", *one);
     }
     for_each_other([&](const Implementation& one) {
-        const Quantized found = quantize(one, problem, weights.data(), tested_fill);
+        const Quantized found = run(one, tested_fill);
         const auto same = [&](const char* what, const Output& right, const Output& mine) {
-            return same_bytes(tally, problem, one.name, what, right.data(), mine, weights.data());
+            return same_bytes(tally, problem, one.name, what, right.data(), mine, weights);
         };
         // the first that differs says enough
         (void)(same("scales", expected.scales, found.scales) &&
@@ -653,6 +646,28 @@ void check_quantize(Tally& tally, const Problem& problem, const std::vector<std:
         }
         ++tally.comparisons;
     });
+    return expected;
+}
+
+void check_dequantize(Tally& tally, const Problem& problem, const Coded& coded) {
+    const Dtype dtype = value_dtype(problem);
+    Output expected = dequantize(exact(), problem, coded, reference_fill);
+    unify_nan(expected, dtype);
+    take_reference(tally, problem, "values", expected);
+    for_each_other([&](const Implementation& one) {
+        Output found = dequantize(one, problem, coded, tested_fill);
+        unify_nan(found, dtype);
+        same_bytes(tally, problem, one.name, "values", expected.data(), found, nullptr);
+        ++tally.comparisons;
+    });
+}
+
+void check_quantize(Tally& tally, const Problem& problem, const std::vector<std::uint8_t>& bytes) {
+    const Input weights(bytes.data(), bytes.size(), problem.offset);
+    const auto run = [&](const Implementation& with, std::uint8_t fill) {
+        return quantize(with, problem, weights.data(), fill);
+    };
+    const Quantized expected = compare_quantized(tally, problem, weights.data(), run);
     tally.weights += problem.groups * static_cast<std::size_t>(problem.format.group_size);
     const Input codes(expected.codes.data(), expected.codes.size(), problem.offset);
     const Input scales(expected.scales.data(), expected.scales.size(), problem.offset);
@@ -892,8 +907,7 @@ void check_decode(Tally& tally, Element element, Dtype dtype, std::uint64_t seed
     const Format format = {Mode::affine, 8, static_cast<int>(columns)};
     const Problem problem = {dtype, format, rows, 1.0f, what, seed, offset};
     const Output expected = decode(exact(), reference_fill);
-    same_bytes(tally, problem, "exact", "values", expected.data(), expected, nullptr);  // guards
-    tally.add_to_digest(expected.data(), expected.size());
+    take_reference(tally, problem, "values", expected);
     for_each_other([&](const Implementation& one) {
         const Output found = decode(one, tested_fill);
         same_bytes(tally, problem, one.name, "decoded values", expected.data(), found, nullptr);
@@ -954,25 +968,7 @@ void check_search(Tally& tally, const Format& format, Dtype dtype, Dtype stored,
     };
     const Problem problem = {dtype, format, groups, 1.0f, std::string("search, ") + set.name, seed,
                              offset};
-    const Quantized expected = search(exact(), reference_fill);
-    for (const Output* one : {&expected.codes, &expected.scales, &expected.biases}) {
-        same_bytes(tally, problem, "exact", "results", one->data(), *one, nullptr);  // guards
-        tally.add_to_digest(one->data(), one->size());
-    }
-    for_each_other([&](const Implementation& one) {
-        const Quantized found = search(one, tested_fill);
-        const auto same = [&](const char* what, const Output& right, const Output& mine) {
-            return same_bytes(tally, problem, one.name, what, right.data(), mine, weights.data());
-        };
-        (void)(same("scales", expected.scales, found.scales) &&
-               same("biases", expected.biases, found.biases) &&
-               same("codes", expected.codes, found.codes));
-        const Outcome &right = expected.outcome, &mine = found.outcome;
-        if (right.non_finite != mine.non_finite || right.overflows != mine.overflows) {
-            tally.differ(problem, one.name, "counts differ");
-        }
-        ++tally.comparisons;
-    });
+    compare_quantized(tally, problem, weights.data(), search);
     tally.weights += groups * size;
 }
 
@@ -1057,8 +1053,7 @@ void check_feedback(Tally& tally, const Format& format, Dtype stored, const Data
                              std::string("feedback, ") + set.name, seed, offset};
     const Tiles expected = run(exact(), reference_fill);
     for (const Output* one : {&expected.codes, &expected.errors, &expected.current}) {
-        same_bytes(tally, problem, "exact", "results", one->data(), *one, nullptr);  // guards
-        tally.add_to_digest(one->data(), one->size());
+        take_reference(tally, problem, "results", *one);
     }
     for_each_other([&](const Implementation& one) {
         const Tiles found = run(one, tested_fill);

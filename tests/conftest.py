@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from quantmill.store import Store
+
 settings.register_profile("reproducible", derandomize=True, deadline=None, print_blob=True)
 settings.load_profile("reproducible")
 
@@ -33,6 +35,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Fast tests first: a simple mistake shows within seconds."""
     order = {name: position for position, name in enumerate(SLOW, 1)}
     items.sort(key=lambda item: order.get(Path(str(item.fspath)).stem, 0))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """An empty store."""
+    return Store(tmp_path / "store")
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A small checkpoint."""
+    from checkpoints import SMALL, write_checkpoint  # loads MLX
+
+    return write_checkpoint(tmp_path / "source", SMALL)
 
 
 def model_package(module: str, distribution: str) -> Path:

@@ -1,4 +1,4 @@
-"""Stand-ins around a store: a tiny model, a disk that fails, a power cut, another process."""
+"""Stand-ins around a store: a tiny model, a failing disk, a power cut, another process, a pace."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from quantmill import mediatypes
+from quantmill import creation, mediatypes
 from quantmill.blobwriter import Pending
 from quantmill.digests import digest_of
 from quantmill.errors import StoreError
@@ -18,7 +20,11 @@ from quantmill.files import Disk, translated
 from quantmill.locking import LOCK_FILE
 from quantmill.manifest import BlobRef, manifest_bytes
 from quantmill.names import parse_name
+from quantmill.pacing import pace
 from quantmill.store import OWN_FOLDER, Store
+
+if TYPE_CHECKING:
+    import pytest
 
 
 def write_file(path: Path, data: bytes = b"{}") -> Path:
@@ -169,3 +175,13 @@ def writer_elsewhere(root: Path) -> Iterator[None]:
         assert child.stdout.readline() == b"writing\n"
         yield
         child.stdin.close()
+
+
+def paces(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, int]]:
+    """Whole tensors and pieces of a few rows, by one worker and by three: a label and workers."""
+    for piece_bytes in (1 << 20, 16384):
+        monkeypatch.setattr(
+            creation, "pace", lambda *a, n=piece_bytes: replace(pace(*a), piece_bytes=n)
+        )
+        for workers in (1, 3):
+            yield f"{workers}-{piece_bytes}", workers

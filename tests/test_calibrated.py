@@ -13,6 +13,7 @@ import numpy.typing as npt
 import pytest
 
 from checkpoints import fixture
+from fakes import paces
 from imatrices import Entry, write_gguf_imatrix
 from quantmill import creation, open_model
 from quantmill.cli import run
@@ -21,7 +22,6 @@ from quantmill.errors import BadPlan, BadRequest, QuantmillError
 from quantmill.execute import Progress
 from quantmill.importance import scaled
 from quantmill.model import Model
-from quantmill.pacing import pace
 from quantmill.planner import parse_override
 from quantmill.plans import Options
 from quantmill.recipes import as_record, from_record
@@ -122,14 +122,10 @@ def test_bytes_depend_on_no_thread_and_no_piece(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     """One worker or three, whole tensors or pieces of a few rows: the same digest."""
-    digests = set()
-    for piece_bytes in (1 << 20, 16384):
-        monkeypatch.setattr(
-            creation, "pace", lambda *a, n=piece_bytes: replace(pace(*a), piece_bytes=n)
-        )
-        for workers in (1, 3):
-            root = tmp_path / f"{workers}-{piece_bytes}"
-            digests.add(make(root, method, workers=workers).digest)
+    digests = {
+        make(tmp_path / label, method, workers=workers).digest
+        for label, workers in paces(monkeypatch)
+    }
     assert len(digests) == 1
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 import quantmill.errors
-from checkpoints import SMALL, fixture, write_checkpoint
+from checkpoints import fixture
 from quantmill.cli import app, run
 from quantmill.errors import QuantmillError
 from registries import misbehaving, serve_memory
@@ -46,11 +46,6 @@ def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         return Outcome(code, printed.out, printed.err)
 
     return call
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return write_checkpoint(tmp_path / "source", SMALL)
 
 
 # -- the main job ----------------------------------------------------------------------------------

@@ -40,11 +40,6 @@ TO_K = "layers.0.attention.to_k.weight"
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "store")
-
-
-@pytest.fixture
 def pipeline(tmp_path: Path) -> Path:
     """A copy of the fixture, to be changed."""
     return Path(shutil.copytree(PIPELINE, tmp_path / "pipeline"))

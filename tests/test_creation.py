@@ -48,11 +48,6 @@ from quantmill.verification import read_tensor_file, verify
 NAME = parse_name("m")
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "store")
-
-
 def snapshot(store: Store) -> dict[str, bytes]:
     """Every file below the store, the lock and journals aside."""
     return {

@@ -18,16 +18,6 @@ NORM = "model.layers.0.input_layernorm.weight"
 QUERY = "model.layers.0.self_attn.q_proj.weight"
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "store")
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return write_checkpoint(tmp_path / "source", SMALL)
-
-
 def test_a_model_is_equal_to_itself_and_to_its_source(store: Store, source: Path) -> None:
     """The same blobs, and the same content in other files."""
     create("m", source, store=store)

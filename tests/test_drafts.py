@@ -40,11 +40,6 @@ RECORD = {
 }
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "store")
-
-
 def entries(store: Store, name: str | ModelName) -> list[tuple[str, str | None, str]]:
     manifest = store.get_manifest(parse_name(str(name)))
     return [(ref.media_type, ref.name, str(ref.digest)) for ref in manifest.blobs]

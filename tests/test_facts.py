@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from checkpoints import SMALL, write_checkpoint
+from checkpoints import SMALL
 from fakes import put, put_model, write_file
 from quantmill import mediatypes
 from quantmill.creation import create
@@ -30,16 +30,6 @@ from vectors import cases, suite
 
 NAME = parse_name("m")
 QUERY = "model.layers.0.self_attn.q_proj.weight"
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "store")
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return write_checkpoint(tmp_path / "source", SMALL)
 
 
 # -- vectors ---------------------------------------------------------------------------------------

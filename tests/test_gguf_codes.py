@@ -126,11 +126,6 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "m.gguf"
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "store")
-
-
 # -- every type ------------------------------------------------------------------------------------
 
 

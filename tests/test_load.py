@@ -41,11 +41,6 @@ TAGS = {mx.uint32: "U32", mx.uint8: "U8", mx.float32: "F32", mx.float16: "F16",
         mx.bfloat16: "BF16", mx.bool_: "BOOL", mx.int64: "I64"}  # fmt: skip
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "store")
-
-
 def raw(array: mx.array) -> bytes:
     return np.array(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array).tobytes()
 

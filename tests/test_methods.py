@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +9,13 @@ import numpy as np
 import pytest
 
 from checkpoints import SMALL, write_checkpoint
-from quantmill import creation, open_model
+from fakes import paces
+from quantmill import open_model
 from quantmill.cli import run
 from quantmill.creation import create
 from quantmill.importance import importance
 from quantmill.model import Model
 from quantmill.opening import open_source
-from quantmill.pacing import pace
 from quantmill.plans import Options
 from quantmill.store import Store
 from test_weightings import LAYER, LLAMA, TENSORS
@@ -86,14 +85,10 @@ def test_bytes_depend_on_no_thread_and_no_piece(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One worker or three, whole tensors or pieces of a few rows: the same digest."""
-    digests = set()
-    for piece_bytes in (1 << 20, 16384):
-        monkeypatch.setattr(
-            creation, "pace", lambda *a, n=piece_bytes: replace(pace(*a), piece_bytes=n)
-        )
-        for workers in (1, 3):
-            root = tmp_path / f"{workers}-{piece_bytes}"
-            digests.add(make(root, source, quantize="int4", workers=workers).digest)
+    digests = {
+        make(tmp_path / label, source, quantize="int4", workers=workers).digest
+        for label, workers in paces(monkeypatch)
+    }
     assert len(digests) == 1
 
 

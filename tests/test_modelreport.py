@@ -29,16 +29,6 @@ QUERY = "model.layers.0.self_attn.q_proj.weight"
 NORM = "model.layers.0.input_layernorm.weight"
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "store")
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return write_checkpoint(tmp_path / "source", SMALL)
-
-
 def described(store: Store, name: str = "m", **options: Any) -> ReportModel:
     (found,) = describe_models(store, [parse_name(name)], **options)
     return found

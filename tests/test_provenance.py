@@ -55,11 +55,6 @@ def source(tmp_path: Path) -> Path:
     )
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "store")
-
-
 def lose_all(store: Store, name: str = "m") -> Manifest:
     """Remove every blob of a model."""
     manifest = store.get_manifest(parse_name(name))

@@ -23,11 +23,6 @@ OLD = GRACE_SECONDS + 60
 YOUNG = GRACE_SECONDS - 60
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "store")
-
-
 def aged(path: Path, seconds: float) -> Path:
     then = time.time() - seconds
     os.utime(path, (then, then))

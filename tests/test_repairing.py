@@ -29,16 +29,6 @@ from quantmill.verification import verify
 DOWN = "model.layers.0.mlp.down_proj.weight"
 
 
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return write_checkpoint(tmp_path / "source", SMALL)
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "store")
-
-
 def make(store: Store, source: Path, **options: Any) -> Manifest:
     made = create("m", source, store=store, **{"quantize": "int4", **options})
     return store.get_manifest(made.name)

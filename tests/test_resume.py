@@ -30,16 +30,6 @@ from quantmill.verification import verify
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "store")
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return write_checkpoint(tmp_path / "source", SMALL)
-
-
-@pytest.fixture
 def quantized(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Bytes of weights quantized, a number for each piece."""
     found: list[int] = []

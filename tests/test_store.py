@@ -33,11 +33,6 @@ STORE_MODULES = (
 )  # fmt: skip
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "store")
-
-
 # -- vectors ---------------------------------------------------------------------------------------
 
 

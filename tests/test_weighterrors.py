@@ -33,11 +33,6 @@ EXPERTS = {
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "store")
-
-
-@pytest.fixture
 def source(tmp_path: Path) -> Path:
     return write_checkpoint(tmp_path / "source", SMALL | EXPERTS)
 
