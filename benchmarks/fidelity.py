@@ -28,6 +28,7 @@ from results import keep
 from textsets import LENGTH, TextSet, text_sets
 
 from quantmill import blas
+from quantmill.activations import Passes
 from quantmill.creation import create
 from quantmill.evaluation import Evaluation, Judge
 from quantmill.planner import parse_override
@@ -81,6 +82,7 @@ class Workshop:
     def __init__(self, checkpoint: Path, store: Store, work: Path) -> None:
         self._checkpoint, self._store, self._work = checkpoint, store, work
         self._made: dict[tuple[str, str, Path | None], Variant] = {}
+        self._passes = Passes(products=True)
 
     def make(self, fmt: str, method: str, calibration: Path | None) -> Variant:
         """A model of a format; all matrices and the embedding are quantized, norms are not."""
@@ -91,7 +93,10 @@ class Workshop:
             options = Options(tuple(map(parse_override, rules)), method=method, calibration=text)
             name = f"{fmt}:{method}" + (f"-{calibration.stem}" if calibration else "")
             started = time.perf_counter()
-            made = create(name, self._checkpoint, store=self._store, quantize=fmt, options=options)
+            made = create(
+                name, self._checkpoint, store=self._store, quantize=fmt, options=options,
+                passes=self._passes,
+            )  # fmt: skip
             seconds = time.perf_counter() - started
             bits = made.plan.bits_per_weight
             self._made[key] = Variant(fmt, method, name, bits, seconds)

@@ -167,9 +167,9 @@ std::size_t tiles_in(std::size_t size, std::size_t columns, const Floats& factor
     return size / (columns * tile_rows);
 }
 
-void round_columns(const std::string& stored, const std::string& mode, int bits, int group_size,
-                   std::size_t columns, std::size_t first, std::size_t group, Bytes places,
-                   Floats scales, Floats biases, Floats factors, FloatRoom errors, FloatRoom current, Room codes,
+void round_columns(const std::string& mode, int bits, int group_size, std::size_t columns,
+                   std::size_t first, std::size_t group, Bytes places, Floats scales, Floats biases,
+                   Floats factors, FloatRoom errors, FloatRoom current, Room codes,
                    const std::string& implementation) {
     const Format format = format_of(mode, bits, group_size);
     const Implementation& with = implementation_of(implementation);
@@ -183,10 +183,9 @@ void round_columns(const std::string& stored, const std::string& mode, int bits,
     require(biases.size() == tiles * tile_rows, "wrong number of biases");
     require(codes.size() == tiles * tile_rows * (columns / size) * code_bytes(format),
             "wrong room for codes");
-    const RoundTask task = {dtype_of(stored), format,         tiles,         columns,
-                            first,            group,          places.data(), scales.data(),
-                            biases.data(),    factors.data(), errors.data(), current.data(),
-                            codes.data()};
+    const RoundTask task = {format,         tiles,         columns,        first,
+                            group,          places.data(), scales.data(),  biases.data(),
+                            factors.data(), errors.data(), current.data(), codes.data()};
     nb::gil_scoped_release unlocked;
     with.round_columns(task);
 }
@@ -245,7 +244,7 @@ NB_MODULE(_native, module) {
                nb::arg("mode"), nb::arg("bits"), nb::arg("group_size"), nb::arg("importance"),
                nb::arg("first"), nb::arg("codes"), nb::arg("scales"), nb::arg("biases"),
                nb::arg("implementation"));
-    module.def("round_columns", round_columns, nb::arg("stored"), nb::arg("mode"), nb::arg("bits"),
+    module.def("round_columns", round_columns, nb::arg("mode"), nb::arg("bits"),
                nb::arg("group_size"), nb::arg("columns"), nb::arg("first"), nb::arg("group"),
                nb::arg("places"), nb::arg("scales"), nb::arg("biases"), nb::arg("factors"),
                nb::arg("errors"), nb::arg("current"), nb::arg("codes"), nb::arg("implementation"));

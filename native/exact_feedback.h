@@ -7,15 +7,14 @@
 namespace quantmill {
 namespace {
 
-template <class T>
-float exact_round(const TileRule& rule, Mode mode, std::size_t row, float x, std::uint8_t& code) {
-    if (mode == Mode::affine) return round_on_line<T>(rule, row, x, code);
+inline float exact_round(const TileRule& rule, Mode mode, std::size_t row, float x,
+                         std::uint8_t& code) {
+    if (mode == Mode::affine) return round_on_line(rule, row, x, code);
     return mode == Mode::mxfp8 ? round_to_e4m3(rule, row, x, code)
                                : round_to_e2m1(rule, row, x, code);
 }
 
-template <class T>
-void exact_rows(const RoundTask& task) {
+void round_exactly(const RoundTask& task) {
     const auto size = static_cast<std::size_t>(task.format.group_size);
     for (std::size_t tile = 0; tile < task.tiles; ++tile) {
         const TileRule rule(task, tile);
@@ -26,9 +25,8 @@ void exact_rows(const RoundTask& task) {
             float* const errors = task.errors + start + row;
             for (std::size_t k = 0; k < size; ++k) {
                 float& error = errors[k * tile_rows];
-                error = lost(error, exact_round<T>(rule, task.format.mode, row,
-                                                   current[k * tile_rows],
-                                                   codes[k * tile_rows + row]));
+                error = lost(error, exact_round(rule, task.format.mode, row, current[k * tile_rows],
+                                                codes[k * tile_rows + row]));
                 const float* factors = task.factors + (task.first + k) * task.columns + task.first;
                 for (std::size_t j = k + 1; j < size; ++j) {
                     current[j * tile_rows] += error * factors[j];
@@ -37,12 +35,6 @@ void exact_rows(const RoundTask& task) {
         }
         pack_tile(task, tile, codes);
     }
-}
-
-void round_exactly(const RoundTask& task) {
-    if (task.stored == Dtype::bf16) exact_rows<Bf16>(task);
-    else if (task.stored == Dtype::f16) exact_rows<F16>(task);
-    else exact_rows<F32>(task);
 }
 
 void carry_exactly(const CarryTask& task) {

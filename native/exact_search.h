@@ -54,13 +54,13 @@ class ExactAffineSearch {
     double error_of(const Line& line, Code code) const {
         double error = 0.0;
         for (int i = 0; i < size_; ++i) {
-            const double off = x_[i] - value_on<T>(line, code(i));
+            const double off = x_[i] - value_on(line, code(i));
             error += off * off * h_[i];
         }
         return error;
     }
     void try_line(Line line) {
-        for (int round = 0; round < rounds && is_usable(line); ++round) {
+        for (int round = 0; round < rounds && usable_mask<T>(line, top_) != 0; ++round) {
             const double error = error_of(line, [&](int i) { return code_on(line, x_[i], top_); });
             if (error < lowest_) {
                 lowest_ = error;

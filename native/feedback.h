@@ -29,14 +29,13 @@ struct alignas(64) TileRule {
 inline float number_or_zero(float value) { return value == value ? value : 0.0f; }
 
 // Code of a current weight in row `l` of a tile, and what it decodes to.
-template <class T>
 inline float round_on_line(const TileRule& rule, std::size_t l, float x, std::uint8_t& code) {
     // NaN may come here, unlike in a search: it gets the code 0
     const float step = (x - rule.bias[l]) * rule.inverse[l];
     const float above = step > 0.0f ? step : 0.0f;
     const float found = round_even(above < rule.top ? above : rule.top);
     code = static_cast<std::uint8_t>(static_cast<int>(found));
-    return T::round(T::round(found * rule.scale[l]) + rule.bias[l]);
+    return found * rule.scale[l] + rule.bias[l];
 }
 inline float round_to_e2m1(const TileRule& rule, std::size_t l, float x, std::uint8_t& code) {
     const float size = nearest_e2m1_magnitude(number_or_zero(absolute(x) * rule.inverse[l]));
@@ -91,15 +90,13 @@ void round_tiles(const RoundTask& task, RoundColumn round_column, Add add) {
     }
 }
 
-// By dtype and mode, `Columns` having a function for each.
+// By mode, `Columns` having a function for each.
 template <class Columns>
 void round_with(const RoundTask& task) {
     const auto run = [&](auto round_column) { round_tiles(task, round_column, Columns::add); };
     if (task.format.mode == Mode::mxfp8) run(Columns::e4m3);
-    else if (task.format.mode != Mode::affine) run(Columns::e2m1);
-    else if (task.stored == Dtype::bf16) run(Columns::template line<Bf16>);
-    else if (task.stored == Dtype::f16) run(Columns::template line<F16>);
-    else run(Columns::template line<F32>);
+    else if (task.format.mode == Mode::affine) run(Columns::line);
+    else run(Columns::e2m1);
 }
 
 // Plain loops: each row by itself, which compilers make vectors of.
@@ -113,11 +110,10 @@ struct PlainColumns {
             codes[l] = code;
         }
     }
-    template <class T>
     static void line(const TileRule& rule, const float* current, float* errors,
                      std::uint8_t* codes) {
         each(current, errors, codes, [&](std::size_t l, float x, std::uint8_t& code) {
-            return round_on_line<T>(rule, l, x, code);
+            return round_on_line(rule, l, x, code);
         });
     }
     static void e2m1(const TileRule& rule, const float* current, float* errors,

@@ -21,7 +21,6 @@ struct VectorColumns {
             V::store_u8(codes + l, code);
         }
     }
-    template <class T>
     static void line(const TileRule& rule, const float* current, float* errors,
                      std::uint8_t* codes) {
         const F top = V::set(rule.top), aligning = V::set(12582912.0f);
@@ -30,7 +29,7 @@ struct VectorColumns {
             const F inside = V::min(V::max(step, V::set(0.0f)), top);
             const F found = V::sub(V::add(inside, aligning), aligning);
             code = V::to_int(found);
-            return values_on<T>(scale, bias, found);
+            return values_on(scale, bias, found);
         });
     }
     static void e2m1(const TileRule& rule, const float* current, float* errors,

@@ -73,8 +73,8 @@ struct DecodeTask {
 // Groups whose scales and biases are searched for, by the error of every weight times the importance
 // of its column (docs/formats.md, Search). Groups follow each other along rows of `columns`, the
 // first begins at column `first`; both are whole groups. `importance` is one float32, finite and not
-// negative, for each column. `stored` is the dtype of affine scales and biases and of the values that
-// they stand for: that of the weights, or another one for weights of float32.
+// negative, for each column. `stored` is the dtype of affine scales and biases: that of the weights, or
+// another one for weights of float32.
 struct SearchTask {
     Dtype dtype, stored;
     Format format;
@@ -94,11 +94,10 @@ constexpr std::size_t tile_rows = 64;
 // One group of columns, from `first` on, is rounded column by column, and its later columns take over
 // the errors. `errors` has the weights, and in these columns then what rounding took from them;
 // `current` the weights with what earlier columns gave. Scales and biases are numbers, one for each
-// row, those of affine formats numbers of `stored`. Columns may lie in another order than their codes:
-// these are packed side by side, [tiles * 64][columns * bits / 8], the group's from column `group` on,
-// where column `first` + k has place `places[k]`. Other groups' codes are left alone.
+// row. Columns may lie in another order than their codes: these are packed side by side,
+// [tiles * 64][columns * bits / 8], the group's from column `group` on, where column `first` + k has
+// place `places[k]`. Other groups' codes are left alone.
 struct RoundTask {
-    Dtype stored;
     Format format;
     std::size_t tiles, columns, first, group;
     const std::uint8_t* places;

@@ -45,8 +45,6 @@ inline float round_even(float value) {
 
 // -- dtypes of weights ----------------------------------------------------------------------------
 // widen: exact. narrow: rounded. nan: what a scale gets that is no number, as MLX on x86 has it.
-// round_number: widen(narrow(value)) of anything but NaN, in operations of 32 bits that every
-// processor has for vectors.
 
 struct Bf16 {
     using Raw = std::uint16_t;
@@ -59,10 +57,6 @@ struct Bf16 {
         return static_cast<Raw>((bits & ~sign_bit) > infinity_bits ? 0x7FC0u : rounded);
     }
     static float round(float value) { return widen(narrow(value)); }
-    static float round_number(float value) {
-        const std::uint32_t bits = bits_of(value);
-        return float_of((bits + 0x7FFFu + ((bits >> 16) & 1u)) & 0xFFFF0000u);
-    }
 };
 
 struct F16 {
@@ -89,19 +83,6 @@ struct F16 {
         return static_cast<Raw>(sign | found);
     }
     static float round(float value) { return widen(narrow(value)); }
-    static float round_number(float value) {
-        const std::uint32_t bits = bits_of(value);
-        const auto magnitude = static_cast<std::int32_t>(bits & ~sign_bit);
-        const float small = (float_of(bits & ~sign_bit) + 0.5f) - 0.5f;
-        const std::uint32_t carried = (bits & ~sign_bit) + 0xFFFu + ((bits >> 13) & 1u);
-        const auto normal = static_cast<std::int32_t>(carried & ~0x1FFFu);
-        const auto low = static_cast<std::int32_t>(bits_of(small));
-        const std::int32_t is_low = (magnitude - (113 << 23)) >> 31;  // all ones or none
-        const std::int32_t is_inf = (0x477FEFFF - magnitude) >> 31;   // 65520 and more
-        const std::int32_t found = (is_low & low) | (~is_low & ~is_inf & normal) |
-                                   (is_inf & 0x7F800000);
-        return float_of(static_cast<std::uint32_t>(found) | (bits & sign_bit));
-    }
 };
 
 struct F32 {
@@ -111,7 +92,6 @@ struct F32 {
     static float widen(Raw raw) { return float_of(raw); }
     static Raw narrow(float value) { return bits_of(value); }
     static float round(float value) { return value; }
-    static float round_number(float value) { return value; }
 };
 
 // -- E4M3 and E2M1 --------------------------------------------------------------------------------

@@ -216,7 +216,6 @@ inline void each_lane(Use use) {
     for (int l = 0; l < search_lanes; ++l) use(l);
 }
 
-template <class T>
 void survey(const SearchLanes& lanes, const Candidates& own, Survey& found) {
     each_lane([&](int l) {
         found.least[l] = found.largest[l] = lanes.x[l];
@@ -229,7 +228,7 @@ void survey(const SearchLanes& lanes, const Candidates& own, Survey& found) {
             const double h = lanes.h[at];
             found.least[l] = x < found.least[l] ? x : found.least[l];
             found.largest[l] = x > found.largest[l] ? x : found.largest[l];
-            const double off = x - value_on<T>(own.line(l), lanes.own[at]);
+            const double off = x - value_on(own.line(l), lanes.own[at]);
             found.error[l] += off * off * h;
             found.h[l] += h;
             found.x[l] += h * x;
@@ -237,7 +236,7 @@ void survey(const SearchLanes& lanes, const Candidates& own, Survey& found) {
     }
 }
 
-template <class T, bool sums>
+template <bool sums>
 void measure(const SearchLanes& lanes, Candidates& tried) {
     float q[search_lanes], off[search_lanes];
     double error[search_lanes] = {}, sum_q[search_lanes] = {};
@@ -249,7 +248,7 @@ void measure(const SearchLanes& lanes, Candidates& tried) {
         const float* const __restrict x = lanes.x + i * search_lanes;
         const double* const __restrict h = lanes.h + i * search_lanes;
         each_lane([&](int l) { q[l] = code_on(line.line(l), x[l], top); });
-        each_lane([&](int l) { off[l] = x[l] - value_on<T>(line.line(l), q[l]); });
+        each_lane([&](int l) { off[l] = x[l] - value_on(line.line(l), q[l]); });
         each_lane([&](int l) {
             const double wide = off[l];
             error[l] += wide * wide * h[l];

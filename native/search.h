@@ -32,15 +32,21 @@ struct Line {
 // What lanes without a candidate are measured with, to no effect.
 constexpr Line no_line = {1.0f, 0.0f, 1.0f};
 
-// All ones where it can be used: finite, and no scale of 0.
-inline std::uint32_t usable_mask(const Line& line) {
+// The number that a code stands for: never NaN, as scale and bias are finite.
+inline float value_on(const Line& line, float code) { return code * line.scale + line.bias; }
+
+// All ones where it can be used: no scale of 0, and finite up to the value of the last code, also
+// when that is rounded to T.
+template <class T>
+inline std::uint32_t usable_mask(const Line& line, float top) {
     const std::uint32_t scale = (bits_of(line.scale) & ~sign_bit) - 1u;  // 0 becomes the largest
     const std::uint32_t bias = bits_of(line.bias) & ~sign_bit;
     const std::uint32_t inverse = bits_of(line.inverse) & ~sign_bit;
-    const std::uint32_t largest = bias > inverse ? bias : inverse;
+    const std::uint32_t last = bits_of(T::round(value_on(line, top))) & ~sign_bit;
+    const std::uint32_t outer = last > bias ? last : bias;
+    const std::uint32_t largest = outer > inverse ? outer : inverse;
     return scale < infinity_bits - 1u ? (largest < infinity_bits ? ~0u : 0u) : 0u;
 }
-inline bool is_usable(const Line& line) { return usable_mask(line) != 0; }
 
 template <class T>
 inline Line stored_line(const Fit& exact) {
@@ -76,12 +82,6 @@ inline float code_on(const Line& line, float x, float top) {
     const auto most = static_cast<std::int32_t>(bits_of(top));
     const std::int32_t beyond = (step & ~(step >> 31)) - most;  // of 0 where negative
     return round_even(float_of(static_cast<std::uint32_t>(most + (beyond & (beyond >> 31)))));
-}
-
-// The number that a code stands for: never NaN, as scale and bias are finite.
-template <class T>
-inline float value_on(const Line& line, float code) {
-    return T::round_number(T::round_number(code * line.scale) + line.bias);
 }
 
 // The nearest E2M1 magnitude of a magnitude, the even code on a tie: adding a power of two whose last

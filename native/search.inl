@@ -31,9 +31,8 @@ struct alignas(64) Survey {
     double error[search_lanes], h[search_lanes], x[search_lanes];
 };
 
-template <class T>
 void survey(const SearchLanes& lanes, const Candidates& own, Survey& found);
-template <class T, bool sums>
+template <bool sums>
 void measure(const SearchLanes& lanes, Candidates& tried);
 void measure_bytes(const SearchLanes& lanes, Candidates& tried);
 void survey_bytes(const SearchLanes& lanes, Candidates& own);
@@ -71,7 +70,7 @@ class AffineSearch {
   public:
     AffineSearch(const SearchLanes& lanes, const Candidates& own, const bool* open, Best& best)
         : lanes_(lanes), best_(best) {
-        survey<T>(lanes, own, survey_);
+        survey(lanes, own, survey_);
         for (int l = 0; l < search_lanes; ++l) {
             best.error[l] = survey_.error[l];
             open_[l] = open[l] && survey_.largest[l] != survey_.least[l] ? ~0u : 0u;
@@ -101,7 +100,7 @@ class AffineSearch {
         }
         for (int l = 0; l < search_lanes; ++l) {
             const Line line = stored_line<T>({scales[l], biases[l]});
-            trying_[l] &= usable_mask(line);  // where that is 0, `no_line`
+            trying_[l] &= usable_mask<T>(line, lanes_.top);  // where that is 0, `no_line`
             const std::uint32_t mask = trying_[l], one = bits_of(1.0f) & ~mask;
             tried_.scale[l] = float_of((bits_of(line.scale) & mask) | one);
             tried_.bias[l] = float_of(bits_of(line.bias) & mask);
@@ -114,13 +113,13 @@ class AffineSearch {
         std::memcpy(trying_, open_, sizeof open_);
         propose(first);
         for (int round = 1; round < rounds; ++round) {
-            measure<T, true>(lanes_, tried_);
+            measure<true>(lanes_, tried_);
             best_.keep_better(tried_);
             propose([&](int l) {
                 return fit({survey_.h[l], survey_.x[l], tried_.q[l], tried_.qq[l], tried_.qx[l]});
             });
         }
-        measure<T, false>(lanes_, tried_);
+        measure<false>(lanes_, tried_);
         best_.keep_better(tried_);
     }
 };

@@ -3,10 +3,7 @@
 
 using D = V::D;
 
-template <class T>
-inline F values_on(F scale, F bias, F codes) {
-    return rounded<T>(V::add(rounded<T>(V::mul(codes, scale)), bias));
-}
+inline F values_on(F scale, F bias, F codes) { return V::add(V::mul(codes, scale), bias); }
 
 // code_on of search.h, before it is a whole number's bits.
 inline F codes_of_steps(F x, F bias, F inverse, F top) {
@@ -30,7 +27,6 @@ inline D weighted_square(F off, D h) {
     return V::mul_d(V::mul_d(wide, wide), h);
 }
 
-template <class T>
 void survey(const SearchLanes& lanes, const Candidates& own, Survey& found) {
     const F scale = V::loadf(own.scale), bias = V::loadf(own.bias);
     F least = V::loadf(lanes.x), largest = least;
@@ -40,7 +36,7 @@ void survey(const SearchLanes& lanes, const Candidates& own, Survey& found) {
         const D h = V::load_d(lanes.h + i * search_lanes);
         least = V::min(least, x);
         largest = V::max(largest, x);
-        const F values = values_on<T>(scale, bias, V::loadf(lanes.own + i * search_lanes));
+        const F values = values_on(scale, bias, V::loadf(lanes.own + i * search_lanes));
         error = V::add_d(error, weighted_square(V::sub(x, values), h));
         sum_h = V::add_d(sum_h, h);
         sum_x = V::add_d(sum_x, V::mul_d(h, V::widen(x)));
@@ -52,7 +48,7 @@ void survey(const SearchLanes& lanes, const Candidates& own, Survey& found) {
     V::store_d(found.x, sum_x);
 }
 
-template <class T, bool sums>
+template <bool sums>
 void measure(const SearchLanes& lanes, Candidates& tried) {
     const F scale = V::loadf(tried.scale), bias = V::loadf(tried.bias);
     const F inverse = V::loadf(tried.inverse), top = V::set(lanes.top);
@@ -61,7 +57,7 @@ void measure(const SearchLanes& lanes, Candidates& tried) {
         const F x = V::loadf(lanes.x + i * search_lanes);
         const D h = V::load_d(lanes.h + i * search_lanes);
         const F q = codes_of_steps(x, bias, inverse, top);
-        error = V::add_d(error, weighted_square(V::sub(x, values_on<T>(scale, bias, q)), h));
+        error = V::add_d(error, weighted_square(V::sub(x, values_on(scale, bias, q)), h));
         if constexpr (sums) {
             const D wide = V::widen(q), weighted = V::mul_d(h, wide);
             sum_q = V::add_d(sum_q, weighted);

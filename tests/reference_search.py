@@ -91,7 +91,7 @@ class _Lines:
         return self.codes, self.scales, self.biases
 
     def values(self, q: Array, s: Array, b: Array) -> Array:
-        return _to(self.dtype, _to(self.dtype, q * s[:, None]) + b[:, None])
+        return q * s[:, None] + b[:, None]
 
     def follow(self, s: Array, b: Array) -> None:
         """A line, and the two fitted after it."""
@@ -99,7 +99,9 @@ class _Lines:
         for _ in range(3):
             s, b = _to(self.dtype, s), _to(self.dtype, b)
             r = _F32(1) / s
+            last = _to(self.dtype, self.n * s + b)
             alive = alive & np.isfinite(s) & np.isfinite(b) & np.isfinite(r) & (s != 0)
+            alive &= np.isfinite(last)
             step = np.clip((self.w - b[:, None]) * r[:, None], _F32(0), self.n)
             q = np.rint(np.where(alive[:, None], step, _F32(0)))
             self.offer(q, s, b, alive)

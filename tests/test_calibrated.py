@@ -21,9 +21,8 @@ from quantmill.creation import Created, create
 from quantmill.errors import BadPlan, BadRequest, QuantmillError
 from quantmill.execute import Progress
 from quantmill.importance import scaled
-from quantmill.model import Model
 from quantmill.planner import parse_override
-from quantmill.plans import Options
+from quantmill.plans import AWARE, Options
 from quantmill.recipes import as_record, from_record
 from quantmill.repairing import repair
 from quantmill.store import Store
@@ -33,6 +32,9 @@ pytest.importorskip("mlx_lm", reason="mlx-lm is not installed (quantmill[run])")
 
 from quantmill import calibration
 from quantmill.activations import gram_matrices, second_moments
+from quantmill.calibration import VERSIONS
+from quantmill.denseweights import DenseWeights
+from quantmill.mlxlm import empty_model
 
 LLAMA, EXPERTS = fixture("hf-llama-bf16"), fixture("hf-qwen3-moe-bf16")
 METHODS = ["aware", "gptq"]
@@ -55,13 +57,10 @@ def make(root: Path, method: str, quantize: str = "int4", **choices: Any) -> Cre
 
 
 def values(root: Path, name: str) -> npt.NDArray[np.float64]:
-    """A BF16 weight's numbers, as stored."""
-    return _numbers(open_model("m", store=Store(root)), name)
-
-
-def _numbers(model: Model, name: str) -> npt.NDArray[np.float64]:
-    bits = np.asarray(model.decode(name)).astype(np.uint32) << 16
-    return bits.view(np.float32).astype(np.float64)
+    """A weight's numbers, decoded with its scales as float32."""
+    model = open_model("m", store=Store(root))
+    target, _ = empty_model(model)
+    return np.asarray(DenseWeights(model, target).take(name).dense()).astype(np.float64)
 
 
 def exact(source: Path, name: str) -> npt.NDArray[np.float64]:
@@ -195,7 +194,8 @@ def test_the_recipe_is_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert said["method"] == "aware"
     assert found.pop("source").startswith("sha256:")
     assert found.pop("tokens") == activations_tokens()
-    assert found == {"kind": "random tokens", "version": 1, "windows": WINDOWS, "length": LENGTH}
+    assert found.pop("version") == VERSIONS[AWARE]
+    assert found == {"kind": "random tokens", "windows": WINDOWS, "length": LENGTH}
     assert run(["plan", str(LLAMA), "-q", "int4", "--method", "gptq"]) == 0
     told = "8 x 128 random tokens (seed 0), 8 x 128 tokens of Python's documentation"
     assert told in capsys.readouterr().out

@@ -52,7 +52,6 @@ def search(
     implementation: str,
 ) -> tuple[int, int]: ...
 def round_columns(
-    stored: str,
     mode: str,
     bits: int,
     group_size: int,

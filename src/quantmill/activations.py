@@ -111,6 +111,56 @@ def gram_matrices(
         yield found
 
 
+class Passes:
+    """Passes of one model, made once for each choice of tokens: for who quantizes it repeatedly.
+
+    Means of squares are kept. Gram matrices are kept with `products` alone, since all of a model's
+    are as large as it is, or larger.
+    """
+
+    def __init__(self, *, products: bool = False) -> None:
+        self._keeps_products = products
+        self._moments: dict[bytes, dict[str, Moments]] = {}
+        self._products: dict[bytes, list[dict[str, Gram]]] = {}
+
+    def second_moments(
+        self,
+        model: Model,
+        windows: npt.NDArray[np.integer[Any]],
+        *,
+        progress: Progress | None = None,
+    ) -> dict[str, Moments]:
+        """As the function of this name."""
+        key = _key(windows)
+        if key not in self._moments:
+            self._moments[key] = second_moments(model, windows, progress=progress)
+        return self._moments[key]
+
+    def gram_matrices(
+        self,
+        model: Model,
+        windows: npt.NDArray[np.integer[Any]],
+        *,
+        progress: Progress | None = None,
+    ) -> Iterator[dict[str, Gram]]:
+        """As the function of this name."""
+        key = _key(windows)
+        if key in self._products:
+            yield from self._products[key]
+            return
+        kept = []
+        for block in gram_matrices(model, windows, progress=progress):
+            if self._keeps_products:
+                kept.append(block)
+            yield block
+        if self._keeps_products:
+            self._products[key] = kept
+
+
+def _key(windows: npt.NDArray[np.integer[Any]]) -> bytes:
+    return repr(windows.shape).encode() + windows.astype(np.int64).tobytes()
+
+
 def _squares(values: npt.NDArray[np.float32]) -> _Double:
     wide = values.astype(np.float64)
     found: _Double = np.einsum("tj,tj->j", wide, wide)

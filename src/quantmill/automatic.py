@@ -33,6 +33,7 @@ from quantmill.recipes import DECODED, Recipe, Request, Target
 from quantmill.source import MODEL, OpenSource, Source
 
 if TYPE_CHECKING:
+    from quantmill.activations import Passes
     from quantmill.model import Model
     from quantmill.sensitivity import Measuring, Sensitivity, Subject
     from quantmill.windows import Tokens
@@ -54,14 +55,15 @@ def resolved(
     checkpoint: OpenSource,
     models: Callable[[], Model],
     plan_for: Planner,
+    passes: Passes,
     report: Report | None = None,
 ) -> Recipe:
     """The recipe with the format that `auto` chose for every tensor, as rules, and what it found.
 
-    `models` opens the unquantized model; `plan_for` plans. Every tensor that may be quantized is
-    measured (sensitivity.py), formats are allocated within the target (allocation.py), the result
-    and the best uniform format are measured whole, and the one of less divergence is taken. Rules
-    of the user go before those found.
+    `models` opens the unquantized model, whose `passes` they are; `plan_for` plans. Every tensor
+    that may be quantized is measured (sensitivity.py), formats are allocated within the target
+    (allocation.py), the result and the best uniform format are measured whole, and the one of less
+    divergence is taken. Rules of the user go before those found.
 
     Raises BadRequest for a target that cannot be met and for a draft model, BadPlan for models
     without a forward pass.
@@ -81,7 +83,7 @@ def resolved(
 
     with models() as model:
         windows = _windows(model)
-        moments = _moments(recipe.options, model, windows, told("weighing columns, blocks"))
+        moments = _moments(recipe.options, model, windows, passes, told("weighing columns, blocks"))
         subjects, rest = chooser.subjects(model)
         measuring = Measuring(model, windows, subjects, moments, method=recipe.options.method)
         found = measuring.sensitivities(progress=told("measuring tensors, blocks"))
@@ -156,17 +158,20 @@ def _windows(model: Model) -> Tokens:
 
 
 def _moments(
-    options: Options, model: Model, windows: Tokens, progress: Callable[[int, int], None]
+    options: Options,
+    model: Model,
+    windows: Tokens,
+    passes: Passes,
+    progress: Callable[[int, int], None],
 ) -> Mapping[str, Any]:
     """Second moments: with --method aware those that the method itself uses."""
-    from quantmill.activations import second_moments
     from quantmill.calibrating import windows_of
     from quantmill.calibration import calibration_for
 
     own = calibration_for(options)
     if own is not None and options.method == AWARE and own.kind != IMATRIX:
         windows = windows_of(own, model, options.calibration)
-    return second_moments(model, windows, progress=progress)
+    return passes.second_moments(model, windows, progress=progress)
 
 
 # -- what is chosen from ---------------------------------------------------------------------------

@@ -42,7 +42,7 @@ from quantmill.windows import (
 )
 
 if TYPE_CHECKING:
-    from quantmill.activations import Gram, Moments
+    from quantmill.activations import Gram, Moments, Passes
     from quantmill.model import Model
 
 Floats = npt.NDArray[np.float32]
@@ -126,11 +126,16 @@ def content_digest(checkpoint: OpenSource) -> str:
 
 
 def calibrated(
-    plan: Plan, checkpoint: OpenSource, model: Callable[[], Model], file: str | None
+    plan: Plan,
+    checkpoint: OpenSource,
+    model: Callable[[], Model],
+    file: str | None,
+    passes: Passes,
 ) -> Calibrated:
     """Fix what a plan is calibrated with; the pass itself is made when stages are asked for.
 
-    `model` opens the unquantized model, anew each time; `file` is the text or imatrix. Raises what
+    `model` opens the unquantized model, anew each time, and `passes` are its; `file` is the text or
+    imatrix. Raises what
     `windows_of`, `forward.Forward` and `imatrix.read_imatrix` do.
     """
     decided = plan.calibration
@@ -148,7 +153,7 @@ def calibrated(
 
     def stages(blobs: Sequence[BlobSpec], report: Report) -> Iterator[Stage]:
         with model() as one:
-            yield from passing(one, windows, names, blobs, report)
+            yield from passing(passes, one, windows, names, blobs, report)
 
     return Calibrated(replace(plan, calibration=decided), stages)
 
@@ -174,22 +179,28 @@ def _from_imatrix(plan: Plan, file: str, source: Source, names: _Names) -> Calib
 
 
 def _by_squares(
-    model: Model, windows: Tokens, names: _Names, blobs: Sequence[BlobSpec], report: Report
+    passes: Passes,
+    model: Model,
+    windows: Tokens,
+    names: _Names,
+    blobs: Sequence[BlobSpec],
+    report: Report,
 ) -> Iterator[Stage]:
-    from quantmill.activations import second_moments
-
-    found = second_moments(model, windows, progress=report)
+    found = passes.second_moments(model, windows, progress=report)
     yield Stage(tuple(blobs), _Squares(found, names))
 
 
 def _by_products(
-    model: Model, windows: Tokens, names: _Names, blobs: Sequence[BlobSpec], report: Report
+    passes: Passes,
+    model: Model,
+    windows: Tokens,
+    names: _Names,
+    blobs: Sequence[BlobSpec],
+    report: Report,
 ) -> Iterator[Stage]:
     """After each block the blobs whose layers are in it; at last those that no layer reads."""
-    from quantmill.activations import gram_matrices
-
     waiting = list(blobs)
-    for found in gram_matrices(model, windows, progress=report):
+    for found in passes.gram_matrices(model, windows, progress=report):
         ready = [blob for blob in waiting if any(names.has(found, s) for s in blob.tensors)]
         waiting = [blob for blob in waiting if blob not in ready]
         if ready:

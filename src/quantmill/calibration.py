@@ -27,7 +27,7 @@ from quantmill.plans import (
     Plan,
 )
 
-VERSIONS = {AWARE: 1, GPTQ: 1}
+VERSIONS = {AWARE: 2, GPTQ: 2}
 """Of the methods, counted up whenever the same weights and evidence would give other bytes."""
 
 LENGTH = 512

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantmill import mediatypes, modelconfig, pipelines, provenance, strictjson
+from quantmill.activations import Passes
 from quantmill.adaptersource import with_adapter
 from quantmill.calibration import Calibrated, calibration_for
 from quantmill.classify import FLOAT, Kind, classify
@@ -88,7 +89,7 @@ def plan(
     request = Request(quantize, group_size, requantize, draft_quantize, fit)
     recipe = Recipe(source, request, options or Options(), None, draft, merge_lora, follow_links)
     with opened(recipe, stored_base_of(store or Store(), recipe), fetching) as checkpoint:
-        recipe = resolved(recipe, checkpoint, measuring)
+        recipe = resolved(recipe, checkpoint, Passes(), measuring)
         return plan_for(checkpoint.source, recipe.request, recipe.options)
 
 
@@ -151,6 +152,7 @@ def create(
     progress: Callable[[Progress], None] | None = None,
     fetching: Report | None = None,
     measuring: Report | None = None,
+    passes: Passes | None = None,
 ) -> Created:
     """Import a checkpoint into the store under `name`, quantized on the way.
 
@@ -165,7 +167,8 @@ def create(
     `draft` is a draft model to store with the model, in the format `draft_quantize`. `source` may
     then name a stored model, whose blobs are used as they are. `merge_lora` is the directory of a
     LoRA adapter that is added to the weights, in float32, before they are quantized. With
-    `quantize` (or `requantize`) "auto" the formats `fit` a target (docs/fidelity.md).
+    `quantize` (or `requantize`) "auto" the formats `fit` a target (docs/fidelity.md). `passes` of
+    the same model spare those that were made before.
 
     Raises BadName, BadRequest, BadSource, BadWeights, BadPlan, OverBudget and StoreError.
     """
@@ -174,38 +177,39 @@ def create(
     request = Request(quantize, group_size, requantize, draft_quantize, fit)
     draft = draft or (modelfile.draft if modelfile else None)
     options = on_device(device, options or Options())
+    passes = passes or Passes()
     recipe = Recipe(source, request, options, modelfile, draft, merge_lora, follow_links)
     base = stored_base_of(store, recipe)
     with opened(recipe, base, fetching) as checkpoint:
-        recipe = resolved(recipe, checkpoint, measuring)
+        recipe = resolved(recipe, checkpoint, passes, measuring)
         decided = plan_for(checkpoint.source, recipe.request, recipe.options)
         _check_memory(decided, memory)
         chosen = pace(decided, checkpoint.source.tensors, workers, memory)
         run = partial(write_blobs, pace=chosen, restart=restart, progress=progress)
-        return _made(store, target, decided, recipe, checkpoint, base, run)
+        with calibrating(decided, recipe, checkpoint, passes) as calibrated:
+            return _made(store, target, calibrated, recipe, checkpoint, base, run)
 
 
 def _made(
     store: Store,
     target: ModelName,
-    decided: Plan,
+    calibrated: Calibrated,
     recipe: Recipe,
     checkpoint: OpenSource,
     base: Base | None,
     write: Callable[..., Written],
 ) -> Created:
-    """Calibrate where the method asks for it, write everything, the manifest last."""
-    with calibrating(decided, recipe, checkpoint) as calibrated:
-        decided = calibrated.plan
-        additions = small_blobs(checkpoint, decided, recipe.modelfile, base)  # before any write
-        run = partial(write, decided, checkpoint, store, stages=calibrated.stages)
-        with store.writing():
-            require_space(store, decided, checkpoint, sum(len(data) for *_, data in additions))
-            written, small = _write_all(store, additions, run)
-            refs = [*written.refs, *small[1:]]
-            entries = _entries(base, refs) if recipe.draft else refs
-            raw = _publish(store, target, small[0], entries, base)
-            provenance.note_recipe(store, digest_of(raw), recipe)
+    """Write everything, the manifest last."""
+    decided = calibrated.plan
+    additions = small_blobs(checkpoint, decided, recipe.modelfile, base)  # before any write
+    run = partial(write, decided, checkpoint, store, stages=calibrated.stages)
+    with store.writing():
+        require_space(store, decided, checkpoint, sum(len(data) for *_, data in additions))
+        written, small = _write_all(store, additions, run)
+        refs = [*written.refs, *small[1:]]
+        entries = _entries(base, refs) if recipe.draft else refs
+        raw = _publish(store, target, small[0], entries, base)
+        provenance.note_recipe(store, digest_of(raw), recipe)
     return _created(store, target, calibrated, raw, written, base)
 
 
@@ -251,7 +255,9 @@ def _created(
 
 
 @contextmanager
-def calibrating(decided: Plan, recipe: Recipe, checkpoint: OpenSource) -> Iterator[Calibrated]:
+def calibrating(
+    decided: Plan, recipe: Recipe, checkpoint: OpenSource, passes: Passes
+) -> Iterator[Calibrated]:
     """The plan with its calibration known whole, and what gives it; nothing for other methods.
 
     Raises BadPlan for models without a forward pass, and what `calibrating.calibrated` does.
@@ -266,7 +272,8 @@ def calibrating(decided: Plan, recipe: Recipe, checkpoint: OpenSource) -> Iterat
 
     options = recipe.options
     with _unquantized(recipe, checkpoint.source) as model:
-        yield calibrated(decided, checkpoint, model, options.calibration or options.imatrix)
+        file = options.calibration or options.imatrix
+        yield calibrated(decided, checkpoint, model, file, passes)
 
 
 @contextmanager
@@ -283,7 +290,9 @@ def _unquantized(recipe: Recipe, source: Source) -> Iterator[Callable[[], Model]
         yield model
 
 
-def resolved(recipe: Recipe, checkpoint: OpenSource, report: Report | None = None) -> Recipe:
+def resolved(
+    recipe: Recipe, checkpoint: OpenSource, passes: Passes, report: Report | None = None
+) -> Recipe:
     """The recipe itself, or for `auto` the one that measuring the model gives (automatic.py)."""
     if not recipe.request.is_auto:
         return recipe
@@ -293,7 +302,7 @@ def resolved(recipe: Recipe, checkpoint: OpenSource, report: Report | None = Non
     from quantmill.automatic import resolved as measured
 
     with _unquantized(recipe, checkpoint.source) as model:
-        return measured(recipe, checkpoint, model, plan_for, report)
+        return measured(recipe, checkpoint, model, plan_for, passes, report)
 
 
 def stored_base_of(store: Store, recipe: Recipe) -> Base | None:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from quantmill import kernels
-from quantmill.elements import E2M1, E4M3, RAW, from_float32, to_float32
+from quantmill.elements import E2M1, E4M3
 from quantmill.formats import Format
 
 Floats = npt.NDArray[np.float32]
@@ -67,18 +67,18 @@ class Tiles:
         part = self.current[:, first : first + self.format.group_size]
         return np.ascontiguousarray(part.transpose(0, 2, 1)).reshape(-1, part.shape[1])[:rows]
 
-    def round(self, place: Place, scale: Floats, bias: Floats, dtype: str, factors: Floats) -> None:
+    def round(self, place: Place, scale: Floats, bias: Floats, factors: Floats) -> None:
         """Round the columns of a group, each after it got its share of the errors before it.
 
-        `scale` and `bias` are float32 [rows], numbers of `dtype` in affine formats.
+        `scale` and `bias` are float32 [rows].
         """
         size, tiles, first = self.format.group_size, len(self.errors), place.first
         scale, bias = _padded(scale, tiles, 1), _padded(bias, tiles, 0)
         arrays = place.places, scale, bias, factors, self.errors, self.current, self.codes
         columns = self.errors.shape[1]
-        if kernels.round_columns(dtype, self.format, columns, first, place.group, arrays):
+        if kernels.round_columns(self.format, columns, first, place.group, arrays):
             return
-        rule = _Rule(self.format, dtype, scale, bias)
+        rule = _Rule(self.format, scale, bias)
         found = np.empty((tiles, size, LANES), np.uint8)
         for column, to in enumerate(place.places, first):
             found[:, to], values = rule(self.current[:, column])
@@ -114,8 +114,8 @@ def _padded(numbers: Floats, tiles: int, filling: int) -> Floats:
 class _Rule:
     """Codes of a column and what they decode to, with the scales and biases of its group."""
 
-    def __init__(self, fmt: Format, dtype: str, scale: Floats, bias: Floats) -> None:
-        self._fmt, self._dtype, self._scale, self._bias = fmt, dtype, scale, bias
+    def __init__(self, fmt: Format, scale: Floats, bias: Floats) -> None:
+        self._fmt, self._scale, self._bias = fmt, scale, bias
         with np.errstate(divide="ignore", over="ignore"):
             self._inverse = _F32(1) / scale
 
@@ -125,8 +125,7 @@ class _Rule:
             top = _F32((1 << self._fmt.bits) - 1)
             step = (x - self._bias) * self._inverse
             code = np.rint(np.clip(np.where(np.isnan(step), _F32(0), step), _F32(0), top))
-            product = _rounded(code * self._scale, self._dtype)
-            return code.astype(np.uint8), _rounded(product + self._bias, self._dtype)
+            return code.astype(np.uint8), code * self._scale + self._bias
         size = np.abs(x) * self._inverse
         size = np.where(np.isnan(size) | (self._scale == 0), _F32(0), size)
         # without signs, and E4M3 without its NaN
@@ -135,11 +134,6 @@ class _Rule:
         negative = np.signbit(x) & (code > 0)
         values = np.where(negative, -grid[code], grid[code]) * self._scale
         return code + negative.astype(np.uint8) * np.uint8(1 << (self._fmt.bits - 1)), values
-
-
-def _rounded(values: Floats, dtype: str) -> Floats:
-    raw = from_float32(values, dtype).view(RAW[dtype])
-    return to_float32(raw, dtype).reshape(values.shape)
 
 
 def _nearest(sizes: Floats, grid: Floats) -> Bytes:

@@ -196,7 +196,7 @@ class _Job:
                 stored = self._chosen(rows, tiles, first)
                 scales[group], biases[group] = stored
                 place = Place(first, group * size, places[first:last].astype(np.uint8))
-                tiles.round(place, *self._numbers(*stored), self.dtype, self.way.factors)
+                tiles.round(place, *self._numbers(*stored), self.way.factors)
                 tiles.carry((first, last), (last, end), self.way.factors)
             tiles.carry((start, end), (end, columns), self.way.factors)
         return _Part(tiles.codes[: len(rows)], np.hstack(scales), np.hstack(biases))

@@ -202,9 +202,7 @@ def decode(rows: CodedRows, dtype: str) -> memoryview | None:
     return values
 
 
-def round_columns(
-    dtype: str, fmt: Format, columns: int, first: int, group: int, arrays: Sequence[Any]
-) -> bool:
+def round_columns(fmt: Format, columns: int, first: int, group: int, arrays: Sequence[Any]) -> bool:
     """Round a group of columns with error feedback; False where the extension is not in use.
 
     `arrays` are those of `RoundTask` in native/kernels.h, places first, of any shape; errors,
@@ -218,7 +216,7 @@ def round_columns(
     flat = (array.reshape(-1) for array in arrays)
     places, scales, biases, factors, errors, current, codes = flat
     _native.round_columns(
-        dtype, fmt.mode, fmt.bits, fmt.group_size, columns, first, group,
+        fmt.mode, fmt.bits, fmt.group_size, columns, first, group,
         places, scales, biases, factors, errors, current, codes, with_,
     )  # fmt: skip
     return True

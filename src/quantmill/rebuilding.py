@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from quantmill import mediatypes, provenance, strictjson
+from quantmill.activations import Passes
 from quantmill.calibration import Calibrated
 from quantmill.creation import calibrating, opened, plan_for, small_blobs, stored_base_of
 from quantmill.digests import Digest, digest_of
@@ -147,7 +148,7 @@ def _make(
     recipe: Recipe,
     base: Base | None = None,
 ) -> None:
-    with calibrating(planned, recipe, checkpoint) as calibrated:
+    with calibrating(planned, recipe, checkpoint, Passes()) as calibrated:
         _make_calibrated(store, checkpoint, calibrated, wanted, recipe, base)
 
 

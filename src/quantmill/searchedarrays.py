@@ -131,8 +131,9 @@ class _Line:
         codes: Floats = np.rint(np.clip(step, _F32(0), top))
         return codes
 
-    def values(self, codes: Floats, stored: str) -> Floats:
-        return _rounded(_rounded(codes * self.scale, stored) + self.bias, stored)
+    def values(self, codes: Floats) -> Floats:
+        found: Floats = codes * self.scale + self.bias
+        return found
 
 
 def _rounded(values: Floats, dtype: str) -> Floats:
@@ -140,70 +141,72 @@ def _rounded(values: Floats, dtype: str) -> Floats:
     return to_float32(raw, dtype).reshape(values.shape)
 
 
-def _line(scale: Floats, bias: Floats, candidates: Flags, stored: str) -> _Line:
-    scale, bias = _rounded(scale, stored), _rounded(bias, stored)
-    inverse = _F32(1) / scale
-    usable = candidates & (scale != 0)
-    for part in (scale, bias, inverse):
-        usable &= np.isfinite(part)
-    scale, bias = np.where(usable, scale, _F32(1)), np.where(usable, bias, _F32(0))
-    return _Line(scale, bias, np.where(usable, inverse, _F32(1)), usable)
+@dataclass(frozen=True, slots=True)
+class _Lines:
+    """How lines are made: the last code, and the dtype that scale and bias are stored in."""
 
+    top: np.float32
+    stored: str
 
-def _first_lines(
-    groups: _Groups, own: tuple[Floats, Floats], open_: Flags, top: np.float32, stored: str
-) -> Iterator[_Line]:
-    yield _line(*own, open_, stored)
-    least, largest = groups.x.min(axis=0), groups.x.max(axis=0)
-    for below, above in product(range(3), range(3)):
-        scale = _KEPT[below + above] * (largest - least) / top
-        bias = least + _CUT[below] * (largest - least)
-        yield _line(scale, bias, open_, stored)
+    def line(self, scale: Floats, bias: Floats, candidates: Flags) -> _Line:
+        scale, bias = _rounded(scale, self.stored), _rounded(bias, self.stored)
+        inverse = _F32(1) / scale
+        usable = candidates & (scale != 0)
+        for part in (scale, bias, inverse, _rounded(self.top * scale + bias, self.stored)):
+            usable &= np.isfinite(part)
+        scale, bias = np.where(usable, scale, _F32(1)), np.where(usable, bias, _F32(0))
+        return _Line(scale, bias, np.where(usable, inverse, _F32(1)), usable)
+
+    def first(self, x: Floats, own: tuple[Floats, Floats], open_: Flags) -> Iterator[_Line]:
+        yield self.line(*own, open_)
+        least, largest = x.min(axis=0), x.max(axis=0)
+        for below, above in product(range(3), range(3)):
+            scale = _KEPT[below + above] * (largest - least) / self.top
+            yield self.line(scale, least + _CUT[below] * (largest - least), open_)
+
+    def fitted(
+        self, q: Doubles, x: Doubles, h: Doubles, sums: tuple[Doubles, Doubles], usable: Flags
+    ) -> _Line:
+        """Weighted least squares for these codes."""
+        weighted = h * q
+        sum_h, sum_x = sums
+        sum_q, sum_qq, sum_qx = _sum(weighted), _sum(weighted * q), _sum(weighted * x)
+        determinant = sum_h * sum_qq - sum_q * sum_q
+        scale = (sum_h * sum_qx - sum_q * sum_x) / determinant
+        bias = (sum_qq * sum_x - sum_q * sum_qx) / determinant
+        usable = usable & (determinant > 0)
+        return self.line(scale.astype(_F32), bias.astype(_F32), usable)
 
 
 def _search_lines(groups: _Groups, made: _Result, part: slice) -> None:
     x, h, stored = groups.x, groups.h, made.stored
-    top = _F32(2**made.fmt.bits - 1)
+    lines = _Lines(_F32(2**made.fmt.bits - 1), stored)
     own = made.numbers(part)
     open_ = groups.open & np.isfinite(own[0]) & np.isfinite(own[1]) & (x != x[0]).any(axis=0)
     start = _Line(*own, own[0], open_)
-    lowest = groups.error(start.values(made.codes[part].T.astype(_F32), stored))
+    lowest = groups.error(start.values(made.codes[part].T.astype(_F32)))
     found = np.zeros_like(open_)
     scale, bias = (array.copy() for array in own)
     codes = made.codes[part].T.copy()
     wide = x.astype(np.float64)
     sum_h, sum_x = _sum(h), _sum(h * wide)
-    for first in _first_lines(groups, own, open_, top, stored):
+    for first in lines.first(x, own, open_):
         line = first
         for _ in range(3):
-            q = line.codes(x, top)
-            error = groups.error(line.values(q, stored))
+            q = line.codes(x, lines.top)
+            error = groups.error(line.values(q))
             better = line.usable & (error < lowest)
             lowest[better], scale[better], bias[better] = (
                 array[better] for array in (error, line.scale, line.bias)
             )
             codes[:, better] = q[:, better].astype(np.uint8)
             found |= better
-            line = _fitted(q.astype(np.float64), wide, h, (sum_h, sum_x), line.usable, stored)
+            line = lines.fitted(q.astype(np.float64), wide, h, (sum_h, sum_x), line.usable)
     made.codes[part][found] = codes.T[found]
     assert made.biases is not None
     for whole, array in ((made.scales, scale), (made.biases, bias)):
         kind = RAW[stored]
         whole.view(kind)[part][found] = from_float32(array[found], stored).view(kind)
-
-
-def _fitted(
-    q: Doubles, x: Doubles, h: Doubles, sums: tuple[Doubles, Doubles], usable: Flags, stored: str
-) -> _Line:
-    """Weighted least squares for these codes."""
-    weighted = h * q
-    sum_h, sum_x = sums
-    sum_q, sum_qq, sum_qx = _sum(weighted), _sum(weighted * q), _sum(weighted * x)
-    determinant = sum_h * sum_qq - sum_q * sum_q
-    scale = (sum_h * sum_qx - sum_q * sum_x) / determinant
-    bias = (sum_qq * sum_x - sum_q * sum_qx) / determinant
-    usable = usable & (determinant > 0)
-    return _line(scale.astype(_F32), bias.astype(_F32), usable, stored)
 
 
 # -- nvfp4, mxfp4 ----------------------------------------------------------------------------------
