@@ -19,7 +19,7 @@ from quantmill.windows import default_text, random_tokens, text_of, text_tokens,
 
 pytest.importorskip("mlx_lm", reason="mlx-lm is not installed (quantmill[run])")
 
-from quantmill.activations import gram_matrices, second_moments
+from quantmill.activations import Moments, Passes, gram_matrices, second_moments
 
 WINDOWS = random_tokens(320, 9, 150, seed=1)
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -99,6 +99,35 @@ def test_progress_counts_blocks_and_the_head() -> None:
         open_model(fixture("hf-llama-bf16")), WINDOWS, progress=lambda *step: told.append(step)
     )
     assert told == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_a_pass_is_made_once_for_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also by an auto that calibrates with what it measured; other tokens are another pass."""
+    runs: list[int] = []
+
+    def counted(*given: Any, **choices: Any) -> dict[str, Moments]:
+        runs.append(len(given))
+        return second_moments(*given, **choices)
+
+    monkeypatch.setattr("quantmill.activations.second_moments", counted)
+    model, passes = open_model(fixture("hf-llama-bf16")), Passes()
+    first = passes.second_moments(model, WINDOWS)
+    assert passes.second_moments(model, WINDOWS.astype(np.int64)) is first
+    assert len(runs) == 1
+    assert passes.second_moments(model, WINDOWS[:1]).keys() == first.keys()
+    assert len(runs) == 2
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_gram_matrices_are_kept_where_that_is_asked_for(
+    keeps: bool,
+) -> None:
+    """They are as large as the model."""
+    model, passes = open_model(fixture("hf-llama-bf16")), Passes(products=keeps)
+    first = list(passes.gram_matrices(model, WINDOWS))
+    again = list(passes.gram_matrices(model, WINDOWS))
+    assert [block.keys() for block in first] == [block.keys() for block in again]
+    assert (first[0] is again[0]) == keeps
 
 
 # -- windows ---------------------------------------------------------------------------------------

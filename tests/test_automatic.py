@@ -102,6 +102,22 @@ def test_the_same_again() -> None:
     assert planned(TIED, Target(4.5)) == planned(TIED, Target(4.5))
 
 
+def test_a_text_that_is_given_is_what_is_measured_on(tmp_path: Path) -> None:
+    """Divergences are those of the user's domain; with aware they are calibrated with it too."""
+    from quantmill.automatic import LENGTH, WINDOWS
+    from quantmill.mlxlm import empty_model, tokenizer_for
+    from quantmill.windows import text_tokens, tokens_digest
+
+    text = tmp_path / "own.txt"
+    text.write_text("A hedgehog crossed the road and lived to tell of it. " * 200)
+    options = Options(method="aware", calibration=str(text))
+    found = planned(TIED, Target(4.5), options)
+    with open_model(fixture(TIED)) as model:
+        tokenizer = tokenizer_for(model, empty_model(model)[1])
+    windows = text_tokens(tokenizer, text.read_text(), LENGTH, WINDOWS)
+    assert said(found).tokens == tokens_digest(windows)
+
+
 # -- what is made ----------------------------------------------------------------------------------
 
 
@@ -137,7 +153,7 @@ def test_what_is_measured_is_what_is_stored(store: Store, made: Created) -> None
 def automatic_windows() -> Any:
     from quantmill.automatic import _windows
 
-    return _windows(open_model(fixture(TIED)))
+    return _windows(Options(), open_model(fixture(TIED)))
 
 
 def test_the_model_records_what_was_found(store: Store, made: Created) -> None:

@@ -38,6 +38,25 @@ class Moments:
     tokens: npt.NDArray[np.int64]
 
 
+EXPERT_TOKENS = 32
+"""An expert that saw fewer tokens counts columns as all experts of its layer together do."""
+
+
+def of_expert(
+    values: Sequence[npt.NDArray[np.float32]], tokens: Sequence[int], member: int
+) -> _Double:
+    """An expert's means of squares, float64 [columns], of those of all and of what each saw.
+
+    One that saw fewer than EXPERT_TOKENS has the mean over all tokens that its layer saw.
+    """
+    if tokens[member] >= EXPERT_TOKENS or len(tokens) == 1:
+        return values[member].astype(np.float64)
+    total = np.zeros(values[0].shape)
+    for own, count in zip(values, tokens, strict=True):
+        total += own.astype(np.float64) * count
+    return total / max(1, sum(tokens))
+
+
 @dataclass(frozen=True, slots=True)
 class Gram:
     """X'X of the tokens X [tokens, columns] that a weight's layer was given.

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantmill.allocation import Allocation, Item, Option, allocate, uniform
@@ -82,7 +83,7 @@ def resolved(
         return lambda done, total: report(done, total, what) if report else None
 
     with models() as model:
-        windows = _windows(model)
+        windows = _windows(recipe.options, model)
         moments = _moments(recipe.options, model, windows, passes, told("weighing columns, blocks"))
         subjects, rest = chooser.subjects(model)
         measuring = Measuring(model, windows, subjects, moments, method=recipe.options.method)
@@ -139,18 +140,22 @@ def _best_uniform(items: Sequence[Item], budget: int) -> tuple[Format, Mapping[s
 # -- what is measured with -------------------------------------------------------------------------
 
 
-def _windows(model: Model) -> Tokens:
-    """Calibration text, or random tokens where the model has no tokenizer or the text is short."""
+def _windows(options: Options, model: Model) -> Tokens:
+    """Of the text that is calibrated with, or of the one that is always there.
+
+    Random tokens where the model has no tokenizer, or the text is short.
+    """
     from quantmill.calibrating import windows_of
     from quantmill.forward import empty_model
     from quantmill.mlxlm import tokenizer_for
     from quantmill.plans import RANDOM
-    from quantmill.windows import default_text, text_tokens
+    from quantmill.windows import default_text, text_of, text_tokens
 
+    own = options.calibration
     _, config = empty_model(model)
     try:
-        text = default_text(calibrating=True).text
-        return text_tokens(tokenizer_for(model, config), text, LENGTH, WINDOWS)
+        text = text_of(Path(own)) if own else default_text(calibrating=True)
+        return text_tokens(tokenizer_for(model, config), text.text, LENGTH, WINDOWS)
     except (BadPlan, BadRequest) as error:
         if error.kind not in {"no_tokenizer", "no_default_text", "text_too_short"}:
             raise

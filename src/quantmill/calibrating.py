@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from quantmill.activations import of_expert
 from quantmill.calibration import OF_FILE, Calibrated, Stage
 from quantmill.errors import BadRequest, Corrupt
 from quantmill.gptq import Feedback, prepare
@@ -48,11 +49,8 @@ if TYPE_CHECKING:
 Floats = npt.NDArray[np.float32]
 Report = Callable[[int, int], None]
 
-EXPERT_TOKENS = 32
-"""An expert that saw fewer tokens counts columns as all experts of its layer together do."""
-
 EXPERT_PRODUCTS = 128
-"""The same for products of columns, of which there are many more to know."""
+"""As activations.EXPERT_TOKENS for products of columns, of which there are many more to know."""
 
 _READ = 1 << 22
 
@@ -263,30 +261,18 @@ class _Squares:
         if whole is not None:
             if whole.values.ndim == 1:
                 return whole.values.astype(np.float64)
-            return _of_expert(whole.values, [int(n) for n in whole.tokens], member)
+            return of_expert(list(whole.values), whole.tokens.tolist(), member)
         names = self._names.members(spec)
         found = [self._found.get(name) for name in names]
         known = [one for one in found if one is not None]
         if not known:
             return None
         empty = np.zeros_like(known[0].values)
-        return _of_expert(
+        return of_expert(
             [empty if one is None else one.values for one in found],
             [0 if one is None else int(one.tokens) for one in found],
             member,
         )
-
-
-def _of_expert(
-    values: Sequence[Floats] | Floats, tokens: Sequence[int], member: int
-) -> npt.NDArray[np.float64]:
-    """Those of an expert, or of all experts together where it saw few tokens."""
-    if tokens[member] >= EXPERT_TOKENS or len(tokens) == 1:
-        return values[member].astype(np.float64)
-    total = np.zeros(values[0].shape)
-    for own, count in zip(values, tokens, strict=True):
-        total += own.astype(np.float64) * count
-    return total / max(1, sum(tokens))
 
 
 @dataclass(slots=True)

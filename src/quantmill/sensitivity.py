@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from quantmill.activations import Moments
+from quantmill.activations import Moments, of_expert
 from quantmill.branches import BRANCH_BYTES, Change, Progress, Variant, divergences
 from quantmill.decode import Packed, decode_float32
 from quantmill.elements import from_float32
@@ -45,8 +45,6 @@ SAMPLE = 1 << 17
 """Weights of a tensor, in whole rows, that errors of its formats are computed from."""
 
 _FEWEST_ROWS = 32
-_FEWEST_TOKENS = 16
-"""An expert that got fewer tokens has its columns weighed by what all got."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,10 +228,10 @@ class _Weighing:
     def _checked(cls, values: Floats, tokens: npt.NDArray[np.int64]) -> _Weighing:
         if values.ndim == 1:
             return cls(values if np.isfinite(values).all() and values.any() else None)
-        shares = tokens[:, None] / max(1, int(tokens.sum()))
-        whole = (values * shares).sum(axis=0, dtype=np.float64).astype(np.float32)
-        values = np.where((tokens < _FEWEST_TOKENS)[:, None], whole, values)
-        return cls(values, tokens) if np.isfinite(values).all() and whole.any() else cls(None)
+        rows, counts = list(values), tokens.tolist()
+        members = [of_expert(rows, counts, member) for member in range(len(rows))]
+        values = np.stack(members).astype(np.float32)
+        return cls(values, tokens) if np.isfinite(values).all() and values.any() else cls(None)
 
     def parts(self, values: Floats) -> list[Part]:
         """The matrices of a weight, searched for by their moments."""
