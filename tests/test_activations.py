@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -124,10 +125,15 @@ def test_gram_matrices_are_kept_where_that_is_asked_for(
 ) -> None:
     """They are as large as the model."""
     model, passes = open_model(fixture("hf-llama-bf16")), Passes(products=keeps)
+    begun = list(itertools.islice(passes.gram_matrices(model, WINDOWS), 2))
     first = list(passes.gram_matrices(model, WINDOWS))
     again = list(passes.gram_matrices(model, WINDOWS))
-    assert [block.keys() for block in first] == [block.keys() for block in again]
-    assert (first[0] is again[0]) == keeps
+    expected = [block.keys() for block in gram_matrices(model, WINDOWS)]
+    for found in (begun, first, again):
+        assert [block.keys() for block in found] == expected[: len(found)]
+    assert len(first) == len(again) == 3
+    assert [first[n] is begun[n] for n in (0, 1)] == [keeps, keeps]
+    assert (first[2] is again[2]) == keeps
 
 
 # -- windows ---------------------------------------------------------------------------------------

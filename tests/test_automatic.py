@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from checkpoints import fixture, write_checkpoint
 from quantmill import cli
@@ -16,10 +19,11 @@ from quantmill.creation import Created, create, plan
 from quantmill.errors import BadPlan, BadRequest
 from quantmill.formats import Format
 from quantmill.load import open_model
-from quantmill.plans import Automatic, Options, Override, Plan, exactly
+from quantmill.plans import Automatic, Options, Override, Plan
 from quantmill.provenance import recipes
 from quantmill.readers import READERS, reader
 from quantmill.recipes import Recipe, Request, Target, as_record, from_record
+from quantmill.rules import Rules, exactly
 from quantmill.store import Store
 from quantmill.windows import random_tokens
 
@@ -261,11 +265,25 @@ def test_the_command_shows_predicted_and_measured(
 
 def test_names_are_patterns_of_themselves() -> None:
     """A rule that was found fits its tensor alone."""
-    from fnmatch import fnmatchcase
-
     for name in ("a.b", "a[0].b", "a*?b"):
         assert fnmatchcase(name, exactly(name))
     assert not fnmatchcase("axxb", exactly("a*?b"))
+
+
+NAMES = st.text("ab[]*?!", max_size=4)
+
+
+@given(st.lists(NAMES | NAMES.map(exactly), max_size=6), NAMES)
+def test_the_last_rule_that_fits_wins(patterns: list[str], name: str) -> None:
+    """Also where rules that name one tensor are not tried one by one."""
+    rules = [Override(pattern, None, str(number)) for number, pattern in enumerate(patterns)]
+    fits = [rule for rule in rules if fnmatchcase(name, rule.pattern)]
+    assert Rules(rules).fitting(name) == (fits[-1] if fits else None)
+    if len(fits) == len(rules):
+        Rules(rules).refuse_unused([name])
+        return
+    with pytest.raises(BadRequest, match="fits no tensor"):
+        Rules(rules).refuse_unused([name])
 
 
 def test_a_request_is_recorded_resolved() -> None:

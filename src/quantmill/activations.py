@@ -141,6 +141,7 @@ class Passes:
         self._keeps_products = products
         self._moments: dict[bytes, dict[str, Moments]] = {}
         self._products: dict[bytes, list[dict[str, Gram]]] = {}
+        self._whole: set[bytes] = set()
 
     def second_moments(
         self,
@@ -164,16 +165,18 @@ class Passes:
     ) -> Iterator[dict[str, Gram]]:
         """As the function of this name."""
         key = _key(windows)
-        if key in self._products:
-            yield from self._products[key]
+        kept = self._products.setdefault(key, [])
+        yield from tuple(kept)
+        if key in self._whole:
             return
-        kept = []
-        for block in gram_matrices(model, windows, progress=progress):
+        for number, block in enumerate(gram_matrices(model, windows, progress=progress)):
+            if number < len(kept):  # another asked for so many, and for no more
+                continue
             if self._keeps_products:
                 kept.append(block)
             yield block
         if self._keeps_products:
-            self._products[key] = kept
+            self._whole.add(key)
 
 
 def _key(windows: npt.NDArray[np.integer[Any]]) -> bytes:

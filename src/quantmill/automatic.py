@@ -26,11 +26,11 @@ from quantmill.plans import (
     Override,
     Plan,
     TensorSpec,
-    exactly,
 )
 from quantmill.policy import may_quantize, select_policy
 from quantmill.readers import Reader, reader
 from quantmill.recipes import DECODED, Recipe, Request, Target
+from quantmill.rules import exactly
 from quantmill.source import MODEL, OpenSource, Source
 
 if TYPE_CHECKING:

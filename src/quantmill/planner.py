@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 
 from quantmill.adapters import FOLDER, Adapter, read_adapter
 from quantmill.classify import FLOAT, PREQUANTIZED, Kind
@@ -34,6 +33,7 @@ from quantmill.policy import (
     select_policy,
 )
 from quantmill.prequantized import Planned, decoded, kept, ordered_coded
+from quantmill.rules import Rules
 from quantmill.schemes import recognise
 from quantmill.source import COMPONENT, DRAFT, Part, Source, SourceTensor
 from quantmill.stacks import (
@@ -89,8 +89,9 @@ def make_plan(
     """
     options = options or Options()
     policy = select_policy(source.config)
-    found = _plan(source, version, _Chooser(kind, policy, options, draft, decode, prefix))
-    _refuse_unused(options.overrides, found.blobs)
+    rules = Rules(options.overrides)
+    found = _plan(source, version, _Chooser(kind, policy, options, rules, draft, decode, prefix))
+    rules.refuse_unused([t.name for t in found.tensors])
     return found
 
 
@@ -136,7 +137,9 @@ def plan_part(
         else select_policy(own.config)
     )
     is_draft = part.role == DRAFT
-    chooser = _Chooser(kind, policy, options or Options(), is_draft, decode, part.prefix)
+    options = options or Options()
+    rules = Rules(options.overrides)
+    chooser = _Chooser(kind, policy, options, rules, is_draft, decode, part.prefix)
     found = _plan(own, version, chooser, adapter)
     blobs = [
         replace(b, tensors=tuple(_sourced(t, part.folder) for t in b.tensors)) for b in found.blobs
@@ -160,7 +163,8 @@ def merge_plans(source: Source, parts: Sequence[Part], plans: Sequence[Plan]) ->
     first = plans[0]
     blobs = tuple(blob for one in plans for blob in one.blobs)
     _refuse_collisions(blobs)
-    _refuse_unused(first.options.overrides, blobs)
+    names = [t.name for blob in blobs for t in blob.tensors]
+    Rules(first.options.overrides).refuse_unused(names)
     main = [p for part, p in zip(parts, plans, strict=True) if part.role != DRAFT]
     formats = {p.format for p in main or plans} - {None}
     dropped = sorted((d for p in plans for d in p.dropped), key=lambda d: d.name)
@@ -244,6 +248,7 @@ class _Chooser:
     kind: Kind
     policy: Policy
     options: Options
+    rules: Rules
     draft: bool
     decode: bool
     prefix: str
@@ -314,7 +319,7 @@ class _Chooser:
                 hint="--requantize decodes first; an adapter is best merged into float weights",
             )
         if decision is None:
-            rule = self._fitting(name)
+            rule = self.rules.fitting(self.prefix + name)
             unmet = f"; --tensor {rule.pattern} needs --requantize" if rule and rule.format else ""
             return kept(name, members, stack=stack, note=unmet)
         planned = decoded(name, members, decision, stack=stack, added=added)
@@ -329,7 +334,7 @@ class _Chooser:
             if found.rule == "not_asked":
                 return Decision(None, "decoded", "kept as numbers")
             return found
-        override = self._fitting(tensor.name)
+        override = self.rules.fitting(self.prefix + tensor.name)
         if first.format is not None:
             if override and override.format and override.pattern == self.prefix + tensor.name:
                 raise BadPlan(
@@ -353,7 +358,7 @@ class _Chooser:
         return by_policy(self.policy, tensor.name, tensor.shape, base)
 
     def _decide(self, tensor: SourceTensor, base: Format | None) -> Decision:
-        override = self._fitting(tensor.name)
+        override = self.rules.fitting(self.prefix + tensor.name)
         if override is not None:
             return _overridden(tensor, override, self.prefix)
         if base is None:
@@ -362,11 +367,6 @@ class _Chooser:
         if decision.format is not None and tensor.dtype not in _WEIGHT_DTYPES:
             return Decision(None, "not_float", f"{tensor.dtype} values are not weights")
         return decision
-
-    def _fitting(self, name: str) -> Override | None:
-        """The last rule given that fits wins."""
-        rules = reversed(self.options.overrides)
-        return next((o for o in rules if fnmatchcase(self.prefix + name, o.pattern)), None)
 
 
 def _of_decoded(tensor: SourceTensor, decision: Decision) -> Decision:
@@ -421,24 +421,3 @@ def _refuse_collisions(blobs: Iterable[BlobSpec]) -> None:
         twice = sorted(name for name, count in Counter(names).items() if count > 1)
         if twice:
             raise BadPlan(f"two {what} would be called {twice[0]!r}", kind="output_name_collision")
-
-
-def _refuse_unused(overrides: Iterable[Override], blobs: Iterable[BlobSpec]) -> None:
-    names = [t.name for b in blobs for t in b.tensors]
-    for override in overrides:
-        if not any(fnmatchcase(name, override.pattern) for name in names):
-            raise BadRequest(
-                f"--tensor {override.pattern!r} fits no tensor",
-                kind="unused_override",
-                hint=_closest(override.pattern, names),
-            )
-
-
-def _closest(pattern: str, names: Sequence[str]) -> str | None:
-    """A hint: the pattern with wildcards where it is part of a name, else a name much like it."""
-    from difflib import get_close_matches
-
-    if any(pattern in name for name in names):
-        return f"a pattern stands for the whole name: try '*{pattern}*'"
-    close = get_close_matches(pattern, names, n=1)
-    return f"did you mean {close[0]!r}?" if close else None

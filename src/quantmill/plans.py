@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -63,11 +62,6 @@ class Override:
     pattern: str
     format: Format | None
     why: str = ""
-
-
-def exactly(name: str) -> str:
-    """The pattern that fits this name and no other."""
-    return re.sub(r"([*?[])", r"[\1]", name)
 
 
 @dataclass(frozen=True, slots=True)
