@@ -58,6 +58,9 @@ _LAGUNA_LAYERS = 40
 
 # Name patterns. "Any of these is contained" or, where the name says so, a start or an end.
 _LM_HEAD_END = "lm_head.weight"
+_EXPERT_BIAS = (
+    "_proj_bias"  # gpt-oss: experts.gate_up_proj_bias [experts, rows], which is no matrix
+)
 _AUDIO = ("audio_tower", "embed_audio")
 _VISION = ("vision", "visual")
 _SENSITIVE = (".v_proj", ".k_proj", "down_proj")
@@ -226,6 +229,8 @@ def _is_float4(base: Format) -> bool:
 
 def _generic(tensor: _Tensor) -> Decision:
     name, shape, base = tensor.name, tensor.shape, tensor.base
+    if name.endswith(_EXPERT_BIAS):
+        return _keep("bias", "bias of experts")
     stacked = is_stacked_expert(name)
     if not stacked and (ineligible := _ineligible(name)):
         return ineligible
