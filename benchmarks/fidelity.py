@@ -3,20 +3,23 @@
 SmolLM2-135M with permuted channels (permuted.py) is quantized, the tied embedding too, in several
 formats by several methods; every result is compared with the BF16 weights on the same tokens
 (textsets.py). The table gives figures, ratios to rounding with the standard error of differences
-between the same windows, and the goals; bench-results/fidelity.json has all of it.
+between the same windows, and the goals; bench-results/fidelity.json has all of it. With --auto
+there are formats by measured effect as well, in the bytes of int4 and of mlx-lm's mixed_4_6, the
+latter's ratio being that to the mixture by the same method.
 
     python benchmarks/fidelity.py [--texts FOLDER] [--sets E1,E3] [--formats int4,nvfp4]
-        [--methods rtn,search] [--windows 16] [--peers mixed_4_6,gptq] [--work FOLDER]
+        [--methods rtn,search] [--windows 16] [--peers mixed_4_6,gptq] [--auto] [--work FOLDER]
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +34,12 @@ from quantmill import blas
 from quantmill.activations import Passes
 from quantmill.creation import create
 from quantmill.evaluation import Evaluation, Judge
+from quantmill.formats import Format
 from quantmill.planner import parse_override
-from quantmill.plans import Options
+from quantmill.plans import Options, Override
+from quantmill.recipes import Target
 from quantmill.reference import opened
+from quantmill.rules import exactly
 from quantmill.store import Store
 from quantmill.windows import default_text, text_ids, text_of
 
@@ -49,6 +55,7 @@ GOALS: dict[tuple[str, str], dict[str, float]] = {
     ("aware", ""): {"int4": 0.40, "nvfp4": 0.47, "mxfp4": 0.60, "affine-3": 0.40, "int8": 0.43},
     ("gptq", ""): {"int4": 0.25, "nvfp4": 0.28, "mxfp4": 0.34, "affine-3": 0.25},
     ("gptq", "E2"): {"int4": 0.30, "nvfp4": 0.32, "mxfp4": 0.40},
+    ("auto", ""): {"int4": 0.20, "mixed_4_6": 0.70},
 }
 """Ratios of divergence to that of rounding, by method and set; "" is any set without its own."""
 
@@ -57,13 +64,17 @@ _PEER_WINDOWS = 16
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One model: a store's name or a directory, what it is, its size and how long it took."""
+    """One model: a store's name or a directory, what it is, its size and how long it took.
+
+    `nbytes` is that of its tensor blobs, of models in the store.
+    """
 
     format: str
     method: str
     place: str
     bits_per_weight: float
     seconds: float
+    nbytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,25 +100,55 @@ class Workshop:
         key = fmt, method, calibration
         if key not in self._made:
             rules = (f"*_proj.weight={fmt}", f"*embed_tokens.weight={fmt}")
-            text = str(calibration) if calibration else None
-            options = Options(tuple(map(parse_override, rules)), method=method, calibration=text)
-            name = f"{fmt}:{method}" + (f"-{calibration.stem}" if calibration else "")
-            started = time.perf_counter()
-            made = create(
-                name, self._checkpoint, store=self._store, quantize=fmt, options=options,
-                passes=self._passes,
-            )  # fmt: skip
-            seconds = time.perf_counter() - started
-            bits = made.plan.bits_per_weight
-            self._made[key] = Variant(fmt, method, name, bits, seconds)
+            overrides = tuple(map(parse_override, rules))
+            self._made[key] = self._created(fmt, method, fmt, overrides, calibration)
         return self._made[key]
+
+    def mixture(self, folder: Path, method: str, calibration: Path | None) -> Variant:
+        """The formats that a directory of mlx-lm's has for each of its weights, by our method."""
+        said = json.loads((folder / "config.json").read_text())["quantization"]
+        overrides = tuple(
+            Override(exactly(f"{path}.weight"), Format("affine", own["bits"], own["group_size"]))
+            for path, own in said.items()
+            if isinstance(own, dict)
+        )
+        label = folder.name.removesuffix(f"-{_stem(calibration)}")
+        rest = tuple(map(parse_override, ("*_proj.weight=int4", "*embed_tokens.weight=int4")))
+        return self._created(label, method, "int4", (*rest, *overrides), calibration)
+
+    def fitted(self, beside: Variant, method: str, calibration: Path | None) -> Variant:
+        """Formats by measured effect, in no more bytes than another variant has."""
+        target = Target(nbytes=beside.nbytes)
+        made = self._created(beside.format, method, "auto", (), calibration, target)
+        return replace(made, method="auto")
+
+    def _created(
+        self,
+        fmt: str,
+        method: str,
+        quantize: str,
+        overrides: tuple[Override, ...],
+        calibration: Path | None,
+        target: Target | None = None,
+    ) -> Variant:
+        text = str(calibration) if calibration else None
+        options = Options(overrides, method=method, calibration=text)
+        name = f"{fmt}:{'auto-' if target else ''}{method}-{_stem(calibration)}"
+        started = time.perf_counter()
+        made = create(
+            name, self._checkpoint, store=self._store, quantize=quantize, options=options,
+            fit=target, passes=self._passes,
+        )  # fmt: skip
+        seconds = time.perf_counter() - started
+        size = made.plan.blob_bytes
+        return Variant(fmt, method, name, made.plan.bits_per_weight, seconds, size)
 
     def peer(self, name: str, calibration: Path | None, tokenizer: Any) -> Variant:
         """A model that mlx-lm makes without us, given the windows that calibration begins with."""
         text = text_of(calibration) if calibration else default_text(calibrating=True)
         key = "int4", f"mlx-lm {name}", calibration
         if key not in self._made:
-            folder = self._work / f"{name}-{calibration.stem if calibration else 'documentation'}"
+            folder = self._work / f"{name}-{_stem(calibration)}"
             windows = text_ids(tokenizer, text.text).windows(LENGTH, _PEER_WINDOWS)
             started = time.perf_counter()
             PEERS[name](self._checkpoint, folder, windows)
@@ -115,6 +156,10 @@ class Workshop:
             bits = _bits_per_weight(folder, self._checkpoint)
             self._made[key] = Variant("int4", f"mlx-lm {name}", str(folder), bits, seconds)
         return self._made[key]
+
+
+def _stem(calibration: Path | None) -> str:
+    return calibration.stem if calibration else "documentation"
 
 
 def _bits_per_weight(folder: Path, checkpoint: Path) -> float:
@@ -179,7 +224,7 @@ def row(result: Result, base: Result) -> dict[str, Any]:
 
 
 HEADINGS = (
-    "set format   method            KL per token       to rtn          goal  median     p99  "
+    "set format    method            KL per token       to rtn          goal  median     p99  "
     "same top     ppl    bpw  create s"
 )
 
@@ -189,7 +234,7 @@ def line(found: dict[str, Any]) -> str:
     wanted = "     " if found["goal"] is None else f"{found['goal']:5.2f}"
     error = found["kl error"]
     return (
-        f"{found['set']:3} {found['format']:8} {found['method']:17} "
+        f"{found['set']:3} {found['format']:9} {found['method']:17} "
         f"{found['kl']:.5f} ± {0 if error is None else error:.5f}  "
         f"{found['ratio']:5.3f} ± {found['ratio error']:5.3f}  {wanted}  "
         f"{found['median']:.4f} {found['p99']:7.3f}  {100 * found['top1']:6.2f} % "
@@ -216,6 +261,20 @@ def variants(
         yield workshop.make(fmt, method, one.calibration if METHODS[method] else None)
 
 
+def automatic(
+    workshop: Workshop, one: TextSet, tokenizer: Any
+) -> Iterator[tuple[Variant, Variant | None]]:
+    """Formats by measured effect and what they are compared with; of the latter itself, None."""
+    text = one.calibration
+    int4 = workshop.make("int4", RTN, None)
+    yield int4, None
+    yield workshop.fitted(int4, "gptq", text), int4
+    folder = Path(workshop.peer("mixed_4_6", text, tokenizer).place)
+    mixture = workshop.mixture(folder, "aware", text)
+    yield mixture, None
+    yield workshop.fitted(mixture, "aware", text), mixture
+
+
 def run(chosen: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
     """Make, judge and print; the rows."""
     from quantmill import mlxlm
@@ -238,6 +297,12 @@ def run(chosen: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
                     base = rounded.setdefault(fmt, result)
                     rows.append(row(result, base))
                     print(line(rows[-1]), flush=True)
+            compared: dict[Variant, Result] = {}
+            for variant, beside in automatic(workshop, one, tokenizer) if chosen.auto else ():
+                result = judged(judge, store, one.name, variant)
+                compared[variant] = result
+                rows.append(row(result, compared[beside or variant]))
+                print(line(rows[-1]), flush=True)
             for name in chosen.peers if "int4" in rounded else ():
                 variant = workshop.peer(name, one.calibration, tokenizer)
                 result = judged(judge, store, one.name, variant)
@@ -266,6 +331,7 @@ def main() -> None:
     parser.add_argument("--formats", type=_words(FORMATS), default=list(FORMATS))
     parser.add_argument("--methods", type=_words(list(METHODS)), default=list(METHODS))
     parser.add_argument("--peers", type=_words(list(PEERS)), default=["mixed_4_6"])
+    parser.add_argument("--auto", action="store_true", help="formats by measured effect as well")
     parser.add_argument("--windows", type=int, help="windows of each set, 40 for all of E1")
     parser.add_argument("--work", type=Path, help="folder for checkpoint and store, to be kept")
     chosen = parser.parse_args()

@@ -217,7 +217,7 @@ def hard_weights(kind: str, bits: int) -> Array:
         w *= np.float32(1e36)
     elif kind == "tiny":
         # what MXFP8 decodes to has a limit: BF16's least number is 2^-133
-        w *= np.float32(1e-34 if bits == 8 else 1e-41)
+        w *= np.float32(1e-33 if bits == 8 else 1e-41)
     elif kind == "outliers":
         w[:, ::37] *= 1000
     return w
