@@ -169,6 +169,28 @@ def test_the_model_records_what_was_found(store: Store, made: Created) -> None:
     assert record["tokens"].startswith("sha256:")
 
 
+def test_a_run_that_goes_on_does_not_measure_again(
+    store: Store, made: Created, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same request of the same files; another target, or --restart, is measured."""
+    monkeypatch.setattr("quantmill.branches.divergences", lambda *_: pytest.fail("measured"))
+
+    def again(bits: float, *, restart: bool = False) -> Created:
+        return create(
+            "m:again", fixture(TIED), store=store, quantize="auto", fit=Target(bits),
+            options=SEARCHED, restart=restart,
+        )  # fmt: skip
+
+    assert again(4.5).digest == made.digest
+    for path in store.journals.glob("*.auto.jsonl"):
+        path.write_bytes(path.read_bytes() + b'{"torn": ')
+    assert again(4.5).digest == made.digest
+    monkeypatch.setattr("quantmill.creation.resolved", lambda *_: pytest.fail("asked"))
+    for bits, restart in ((5.0, False), (4.5, True)):
+        with pytest.raises(pytest.fail.Exception, match="asked"):
+            again(bits, restart=restart)
+
+
 def test_its_recipe_needs_no_measurement(
     store: Store, made: Created, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -29,6 +29,7 @@ from quantmill.parts import naming
 from quantmill.planner import make_plan, merge_plans, plan_part
 from quantmill.plans import CALIBRATED, IMATRIX, Options, Plan
 from quantmill.recipes import Recipe, Request, Target
+from quantmill.resolutions import Resolution
 from quantmill.source import ADAPTER, CONFIG, DRAFT, MODEL, MODEL_INDEX, OpenSource, Source
 from quantmill.space import require_space
 from quantmill.store import Store
@@ -181,7 +182,12 @@ def create(
     recipe = Recipe(source, request, options, modelfile, draft, merge_lora, follow_links)
     base = stored_base_of(store, recipe)
     with opened(recipe, base, fetching) as checkpoint:
-        recipe = resolved(recipe, checkpoint, passes, measuring)
+        if request.is_auto:
+            noted = Resolution(store, recipe, checkpoint)
+            known = None if restart else noted.find()
+            recipe = known or resolved(recipe, checkpoint, passes, measuring)
+            if known is None:
+                noted.keep(recipe)
         decided = plan_for(checkpoint.source, recipe.request, recipe.options)
         _check_memory(decided, memory)
         chosen = pace(decided, checkpoint.source.tensors, workers, memory)
