@@ -20,7 +20,7 @@ LAYERS = [
     {"errors", "digests", "names", "formats", "strictjson", "mediatypes", "version"},
     {"tensorfile", "ggufheader", "source", "plans", "manifest", "modelfile"},
     {"spans", "challenges", "addresses"}
-    | {"experts", "stacks", "classify", "policy", "planner", "modelconfig", "stored"}
+    | {"experts", "stacks", "classify", "rules", "policy", "planner", "modelconfig", "stored"}
     | {"coded", "floatcodes", "integercodes", "schemes", "prequantized", "hubfiles"}
     | {"pipelines", "adapters", "weightings"}
     | {"ggufnames", "ggufconfig", "gguftokenizer", "ggufcodes"}
@@ -78,6 +78,7 @@ LAYERS = [
         "drafts",
         "recipes",
         "provenance",
+        "resolutions",
         "creation",
         "verification",
         "repairing",

@@ -182,12 +182,8 @@ def create(
     recipe = Recipe(source, request, options, modelfile, draft, merge_lora, follow_links)
     base = stored_base_of(store, recipe)
     with opened(recipe, base, fetching) as checkpoint:
-        if request.is_auto:
-            noted = Resolution(store, recipe, checkpoint)
-            known = None if restart else noted.find()
-            recipe = known or resolved(recipe, checkpoint, passes, measuring)
-            if known is None:
-                noted.keep(recipe)
+        measure = partial(resolved, recipe, checkpoint, passes, measuring)
+        recipe = _resolved(store, recipe, checkpoint, measure, restart=restart)
         decided = plan_for(checkpoint.source, recipe.request, recipe.options)
         _check_memory(decided, memory)
         chosen = pace(decided, checkpoint.source.tensors, workers, memory)
@@ -294,6 +290,26 @@ def _unquantized(recipe: Recipe, source: Source) -> Iterator[Callable[[], Model]
 
     with unquantized(place, source, stored) as model:
         yield model
+
+
+def _resolved(
+    store: Store,
+    recipe: Recipe,
+    checkpoint: OpenSource,
+    measure: Callable[[], Recipe],
+    *,
+    restart: bool,
+) -> Recipe:
+    """The recipe as `measure` gives it, or as a run before this one noted it."""
+    if not recipe.request.is_auto:
+        return recipe
+    noted = Resolution(store, recipe, checkpoint)
+    known = None if restart else noted.find()
+    if known is not None:
+        return known
+    found = measure()
+    noted.keep(found)
+    return found
 
 
 def resolved(
