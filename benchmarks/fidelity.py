@@ -4,8 +4,8 @@ SmolLM2-135M with permuted channels (permuted.py) is quantized, the tied embeddi
 formats by several methods; every result is compared with the BF16 weights on the same tokens
 (textsets.py). The table gives figures, ratios to rounding with the standard error of differences
 between the same windows, and the goals; bench-results/fidelity.json has all of it. With --auto
-there are formats by measured effect as well, in the bytes of int4 and of mlx-lm's mixed_4_6, the
-latter's ratio being that to the mixture by the same method.
+there are formats by measured effect as well, in the bytes of int4 and of mlx-lm's mixed_4_6, with
+ratios to the mixture by the same method.
 
     python benchmarks/fidelity.py [--texts FOLDER] [--sets E1,E3] [--formats int4,nvfp4]
         [--methods rtn,search] [--windows 16] [--peers mixed_4_6,gptq] [--auto] [--work FOLDER]
@@ -47,6 +47,9 @@ RTN = "rtn"
 
 FORMATS = ("int4", "nvfp4", "mxfp4", "affine-3", "int8")
 
+MIXED, MIXED_HEAD = "mixed_4_6", "mixed+head"
+"""mlx-lm's mixture as it writes it, a tied embedding in 4 bits; and with 6, as another head has."""
+
 METHODS = {RTN: False, "search": False, "aware": False, "gptq": True}
 """Methods of `create`, and whether what they are calibrated with depends on the text measured."""
 
@@ -55,7 +58,7 @@ GOALS: dict[tuple[str, str], dict[str, float]] = {
     ("aware", ""): {"int4": 0.40, "nvfp4": 0.47, "mxfp4": 0.60, "affine-3": 0.40, "int8": 0.43},
     ("gptq", ""): {"int4": 0.25, "nvfp4": 0.28, "mxfp4": 0.34, "affine-3": 0.25},
     ("gptq", "E2"): {"int4": 0.30, "nvfp4": 0.32, "mxfp4": 0.40},
-    ("auto", ""): {"int4": 0.20, "mixed_4_6": 0.70},
+    ("auto", ""): {"int4": 0.20, MIXED_HEAD: 0.70},
 }
 """Ratios of divergence to that of rounding, by method and set; "" is any set without its own."""
 
@@ -104,7 +107,7 @@ class Workshop:
             self._made[key] = self._created(fmt, method, fmt, overrides, calibration)
         return self._made[key]
 
-    def mixture(self, folder: Path, method: str, calibration: Path | None) -> Variant:
+    def mixture(self, label: str, folder: Path, method: str, calibration: Path | None) -> Variant:
         """The formats that a directory of mlx-lm's has for each of its weights, by our method."""
         said = json.loads((folder / "config.json").read_text())["quantization"]
         overrides = tuple(
@@ -112,9 +115,9 @@ class Workshop:
             for path, own in said.items()
             if isinstance(own, dict)
         )
-        label = folder.name.removesuffix(f"-{_stem(calibration)}")
-        rest = tuple(map(parse_override, ("*_proj.weight=int4", "*embed_tokens.weight=int4")))
-        return self._created(label, method, "int4", (*rest, *overrides), calibration)
+        rest = map(parse_override, ("*_proj.weight=int4", "*embed_tokens.weight=int4"))
+        head = [parse_override("*embed_tokens.weight=affine-6")] if label == MIXED_HEAD else []
+        return self._created(label, method, "int4", (*rest, *overrides, *head), calibration)
 
     def fitted(self, beside: Variant, method: str, calibration: Path | None) -> Variant:
         """Formats by measured effect, in no more bytes than another variant has."""
@@ -224,7 +227,7 @@ def row(result: Result, base: Result) -> dict[str, Any]:
 
 
 HEADINGS = (
-    "set format    method            KL per token       to rtn          goal  median     p99  "
+    "set format     method            KL per token       to rtn          goal  median     p99  "
     "same top     ppl    bpw  create s"
 )
 
@@ -234,7 +237,7 @@ def line(found: dict[str, Any]) -> str:
     wanted = "     " if found["goal"] is None else f"{found['goal']:5.2f}"
     error = found["kl error"]
     return (
-        f"{found['set']:3} {found['format']:9} {found['method']:17} "
+        f"{found['set']:3} {found['format']:10} {found['method']:17} "
         f"{found['kl']:.5f} ± {0 if error is None else error:.5f}  "
         f"{found['ratio']:5.3f} ± {found['ratio error']:5.3f}  {wanted}  "
         f"{found['median']:.4f} {found['p99']:7.3f}  {100 * found['top1']:6.2f} % "
@@ -269,10 +272,11 @@ def automatic(
     int4 = workshop.make("int4", RTN, None)
     yield int4, None
     yield workshop.fitted(int4, "gptq", text), int4
-    folder = Path(workshop.peer("mixed_4_6", text, tokenizer).place)
-    mixture = workshop.mixture(folder, "aware", text)
-    yield mixture, None
-    yield workshop.fitted(mixture, "aware", text), mixture
+    folder = Path(workshop.peer(MIXED, text, tokenizer).place)
+    for label in (MIXED, MIXED_HEAD):
+        mixture = workshop.mixture(label, folder, "aware", text)
+        yield mixture, None
+        yield workshop.fitted(mixture, "aware", text), mixture
 
 
 def run(chosen: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
