@@ -47,7 +47,7 @@ RTN = "rtn"
 
 FORMATS = ("int4", "nvfp4", "mxfp4", "affine-3", "int8")
 
-MIXED, MIXED_HEAD = "mixed_4_6", "mixed+head"
+MIXED, MIXED_HEAD = "mixed_4_6", "mixed_head"
 """mlx-lm's mixture as it writes it, a tied embedding in 4 bits; and with 6, as another head has."""
 
 METHODS = {RTN: False, "search": False, "aware": False, "gptq": True}
