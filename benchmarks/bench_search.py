@@ -42,7 +42,7 @@ PEER_WEIGHTS = 1 << 18
 def weighted_error(found: Quantized, raw: Bytes, dtype: str, fmt: Format, h: Floats) -> float:
     """Sum over all weights."""
     value = dtype if fmt.has_bias else "BF16"
-    values = kernels.dequantize(found.weight, found.scales, found.biases, dtype, fmt)
+    values = kernels.dequantize(found.weight, found.scales, found.biases, value, fmt)
     assert values is not None
     decoded = to_float32(np.frombuffer(values, np.uint8).view(RAW[value]), value)
     off = (to_float32(raw.view(RAW[dtype]), dtype) - decoded).astype(np.float64)

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import pytest
 
 from checkpoints import fixture
+from decoded import in_float32
 from fakes import paces
 from imatrices import Entry, write_gguf_imatrix
 from quantmill import creation, open_model
@@ -33,8 +34,6 @@ pytest.importorskip("mlx_lm", reason="mlx-lm is not installed (quantmill[run])")
 from quantmill import calibration
 from quantmill.activations import gram_matrices, second_moments
 from quantmill.calibration import VERSIONS
-from quantmill.denseweights import DenseWeights
-from quantmill.mlxlm import empty_model
 
 LLAMA, EXPERTS = fixture("hf-llama-bf16"), fixture("hf-qwen3-moe-bf16")
 METHODS = ["aware", "gptq"]
@@ -58,9 +57,7 @@ def make(root: Path, method: str, quantize: str = "int4", **choices: Any) -> Cre
 
 def values(root: Path, name: str) -> npt.NDArray[np.float64]:
     """A weight's numbers, decoded with its scales as float32."""
-    model = open_model("m", store=Store(root))
-    target, _ = empty_model(model)
-    return np.asarray(DenseWeights(model, target).take(name).dense()).astype(np.float64)
+    return in_float32(open_model("m", store=Store(root)), name)
 
 
 def exact(source: Path, name: str) -> npt.NDArray[np.float64]:

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from checkpoints import SMALL, write_checkpoint
+from decoded import in_float32
 from fakes import paces
 from quantmill import open_model
 from quantmill.cli import run
 from quantmill.creation import create
 from quantmill.importance import importance
-from quantmill.model import Model
 from quantmill.opening import open_source
 from quantmill.plans import Options
 from quantmill.store import Store
@@ -31,12 +31,6 @@ def source(tmp_path: Path) -> Path:
 
 def make(root: Path, source: Path, options: Options = SEARCH, **choices: Any) -> Any:
     return create("m", source, store=Store(root), options=options, **choices)
-
-
-def decoded(model: Model, name: str) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """A BF16 weight's values."""
-    bits = np.asarray(model.decode(name)).astype(np.uint32) << 16
-    return bits.view(np.float32).astype(np.float64)
 
 
 @pytest.mark.parametrize("quantize", FORMATS)
@@ -72,10 +66,10 @@ def test_the_weighted_error_is_never_above_that_of_rounding(
                 spec.weightings[0] if spec.weightings else None, spec.shape[-1], opened
             ).astype(np.float64)
             group = spec.format.group_size
-            errors = [
-                (np.square(decoded(m, spec.name) - exact) * weights).reshape(-1, group).sum(axis=1)
-                for m in (searched, rounded)
-            ]  # fmt: skip
+            errors = []
+            for model in (searched, rounded):
+                off = np.square(in_float32(model, spec.name) - exact) * weights
+                errors.append(off.reshape(-1, group).sum(axis=1))
             assert np.all(errors[0] <= errors[1] * (1 + 1e-6))
             better += int(errors[0].sum() < errors[1].sum())
     assert better or quantize == "mxfp8"
