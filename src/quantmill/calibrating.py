@@ -133,8 +133,7 @@ def calibrated(
     """Fix what a plan is calibrated with; the pass itself is made when stages are asked for.
 
     `model` opens the unquantized model, anew each time, and `passes` are its; `file` is the text or
-    imatrix. Raises what
-    `windows_of`, `forward.Forward` and `imatrix.read_imatrix` do.
+    imatrix. Raises what `windows_of`, `forward.Forward` and `imatrix.read_imatrix` do.
     """
     decided = plan.calibration
     assert decided is not None
@@ -147,11 +146,15 @@ def calibrated(
     with model() as one:
         windows = windows_of(decided, one, file)
     decided = replace(decided, source=digest, tokens=tokens_digest(windows))
-    passing = _by_products if plan.options.method == GPTQ else _by_squares
 
     def stages(blobs: Sequence[BlobSpec], report: Report) -> Iterator[Stage]:
         with model() as one:
-            yield from passing(passes, one, windows, names, blobs, report)
+            if plan.options.method == GPTQ:
+                blocks = passes.gram_matrices(one, windows, progress=report)
+                yield from _by_products(blocks, names, blobs)
+            else:
+                moments = passes.second_moments(one, windows, progress=report)
+                yield Stage(tuple(blobs), _Squares(moments, names))
 
     return Calibrated(replace(plan, calibration=decided), stages)
 
@@ -176,29 +179,12 @@ def _from_imatrix(plan: Plan, file: str, source: Source, names: _Names) -> Calib
     return Calibrated(plan, stages, matched.unused)
 
 
-def _by_squares(
-    passes: Passes,
-    model: Model,
-    windows: Tokens,
-    names: _Names,
-    blobs: Sequence[BlobSpec],
-    report: Report,
-) -> Iterator[Stage]:
-    found = passes.second_moments(model, windows, progress=report)
-    yield Stage(tuple(blobs), _Squares(found, names))
-
-
 def _by_products(
-    passes: Passes,
-    model: Model,
-    windows: Tokens,
-    names: _Names,
-    blobs: Sequence[BlobSpec],
-    report: Report,
+    blocks: Iterator[Mapping[str, Gram]], names: _Names, blobs: Sequence[BlobSpec]
 ) -> Iterator[Stage]:
     """After each block the blobs whose layers are in it; at last those that no layer reads."""
     waiting = list(blobs)
-    for found in passes.gram_matrices(model, windows, progress=report):
+    for found in blocks:
         ready = [blob for blob in waiting if any(names.has(found, s) for s in blob.tensors)]
         waiting = [blob for blob in waiting if blob not in ready]
         if ready:
