@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantmill import strictjson
@@ -61,14 +62,23 @@ def registries(store: Store, manifest: Digest) -> list[ModelName]:
 def _note(store: Store, manifest: Digest, line: Mapping[str, Any]) -> None:
     with suppress(StoreError):
         if line not in list(_lines(store, manifest)):
-            # the first line end shuts off a line that was torn
-            data = b"\n" + strictjson.canonical(line) + b"\n"
-            store.disk.append(store.provenance_of(manifest), data)
+            append_line(store, store.provenance_of(manifest), line)
 
 
 def _lines(store: Store, manifest: Digest) -> Iterator[Mapping[str, Any]]:
+    return lines_of(store, store.provenance_of(manifest), _MAX_BYTES)
+
+
+def append_line(store: Store, path: Path, line: Mapping[str, Any]) -> None:
+    """Add a line to a file of notes. Raises StoreError."""
+    # the first line end shuts off a line that was torn
+    store.disk.append(path, b"\n" + strictjson.canonical(line) + b"\n")
+
+
+def lines_of(store: Store, path: Path, most: int) -> Iterator[Mapping[str, Any]]:
+    """Lines of a file of notes that make sense; none of a file above `most` bytes or unreadable."""
     with suppress(StoreError):
-        found = store.disk.read_file(store.provenance_of(manifest), _MAX_BYTES)
+        found = store.disk.read_file(path, most)
         for line in filter(None, found.splitlines()):
             with suppress(strictjson.BadJson):
                 yield strictjson.parse_object(line)

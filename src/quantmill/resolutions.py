@@ -12,10 +12,10 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import asdict, replace
 
-from quantmill import strictjson
 from quantmill.calibration import calibration_for
 from quantmill.digests import digest_of
 from quantmill.errors import StoreError
+from quantmill.provenance import append_line, lines_of
 from quantmill.recipes import Recipe, as_record, from_record
 from quantmill.source import OpenSource
 from quantmill.store import Store
@@ -38,20 +38,13 @@ class Resolution:
 
     def find(self) -> Recipe | None:
         """The recipe that was found before, None where nothing was, or nothing that makes sense."""
-        try:
-            data = self._store.disk.read_file(self._path, _MAX_BYTES)
-        except StoreError:
-            return None
-        for line in reversed(data.splitlines()):
-            with suppress(strictjson.BadJson):
-                found = from_record(strictjson.parse_object(line))
-                if found is not None and found.options.automatic is not None:
-                    return replace(self._recipe, request=found.request, options=found.options)
+        for line in reversed(list(lines_of(self._store, self._path, _MAX_BYTES))):
+            found = from_record(line)
+            if found is not None and found.options.automatic is not None:
+                return replace(self._recipe, request=found.request, options=found.options)
         return None
 
     def keep(self, found: Recipe) -> None:
         """Note what was found."""
         with suppress(StoreError):
-            # the first line end shuts off a line that was torn
-            data = b"\n" + strictjson.canonical(as_record(found)) + b"\n"
-            self._store.disk.append(self._path, data)
+            append_line(self._store, self._path, as_record(found))

@@ -32,14 +32,9 @@ class Rules:
 
     def __init__(self, overrides: Sequence[Override]) -> None:
         self._overrides = overrides
-        self._named: dict[str, int] = {}
-        self._patterns: list[int] = []
-        for number, override in enumerate(overrides):
-            name = _only_name(override.pattern)
-            if name is None:
-                self._patterns.append(number)
-            else:
-                self._named[name] = number
+        self._names = [_only_name(override.pattern) for override in overrides]
+        self._named = {name: number for number, name in enumerate(self._names) if name is not None}
+        self._patterns = [number for number, name in enumerate(self._names) if name is None]
 
     def fitting(self, name: str) -> Override | None:
         """The rule that a tensor of this name follows."""
@@ -55,8 +50,7 @@ class Rules:
     def refuse_unused(self, names: Sequence[str]) -> None:
         """Raise BadRequest for a rule that fits none of the names."""
         known = set(names)
-        for override in self._overrides:
-            one = _only_name(override.pattern)
+        for override, one in zip(self._overrides, self._names, strict=True):
             if one in known if one is not None else _fits_any(override.pattern, names):
                 continue
             raise BadRequest(
